@@ -29,11 +29,6 @@ Rules of the file:
 
 To add: a relay is a function and a row of RELAYS; a check a function, a row of REPLIES and one of CHECKS; a setting a
 config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a command a function and a row of COMMANDS.
-
-RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
-(status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463 (DKIM), 6749
-(OAuth 2.0), 7519 (JWT), 7628 (OAUTHBEARER).
 """
 
 from __future__ import annotations
@@ -50,11 +45,12 @@ import errno
 import fcntl
 import functools
 import gc
+import getopt
+import getpass
 import hashlib
 import hmac
 import http.client
 import http.server
-import importlib
 import io
 import ipaddress
 import itertools
@@ -62,9 +58,12 @@ import json
 import math
 import mmap
 import os
+import py_compile
 import random
 import re
+import resource
 import select
+import selectors
 import signal
 import smtplib
 import socket
@@ -72,9 +71,12 @@ import ssl
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -82,6 +84,7 @@ from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
 from html.parser import HTMLParser
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -93,7 +96,6 @@ __version__ = "1.0.0"
 
 DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
 LARGE = 65536  # octets; work on more than this takes milliseconds
-ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
@@ -119,18 +121,9 @@ class Reply(NamedTuple):
     slug: str = ""  # name in REPLIES of a refusal before delivery
     dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
-    @property
-    def accepted(self) -> bool:
-        return self.code[0] == "2"
-
-    @property
-    def temporary(self) -> bool:
-        """Return whether to try again: 4yz, or 5yz that only the administrator can fix."""
-        return self.code[0] == "4" or self.route_fault
-
-    @property
-    def relay(self) -> str | None:
-        return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
+    accepted = property(lambda self: self.code[0] == "2")
+    temporary = property(lambda self: self.code[0] == "4" or self.route_fault)  # to be tried again
+    relay = property(lambda self: f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer)
 
     @property
     def log_status(self) -> str:
@@ -200,14 +193,14 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
     status, code, dsn, command, text = REPLIES[slug]
     origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
     values = {"command": command, "status": status, "origin": origin, **endpoint}
-    values["slug"] = slug if origin == "policy" else ""
-    return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
+    shown = slug if origin == "policy" else ""
+    return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), slug=shown, **values)
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """Return one recipient's item of the answer; `maybe_delivered` and `dialogue` are present only if there is one."""
     item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
-    item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
+    item.update([(key, getattr(reply, key)) for key in ("code", "dsn", "command", "message", "mailer", "host", "port")])
     item.update({} if reply.dialogue is None else {"dialogue": reply.dialogue})
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
@@ -217,11 +210,7 @@ def cache_short(maxsize: int, limit: int = 512) -> Callable:
 
     def decorate(function: Callable) -> Callable:
         cached = functools.lru_cache(maxsize)(function)
-
-        def call(first: Any, *others: Any) -> Any:
-            return (cached if len(first) <= limit else function)(first, *others)
-
-        return functools.wraps(function)(call)
+        return lambda first, *others: (cached if len(first) <= limit else function)(first, *others)
 
     return decorate
 
@@ -323,8 +312,7 @@ REPLIES = {
 
 # ======================================================================================================================
 # 2. JSON into dataclasses
-#    Takes JSON, gives frozen dataclasses and a list of all errors with JSON paths. A parser(value, json_path, errors)
-#    appends what is wrong to `errors`, and may then return None, which keeps the default.
+#    A parser(value, json_path, errors) appends what is wrong to `errors`, and may then return None, for the default.
 # ======================================================================================================================
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
@@ -332,10 +320,15 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
-class DuplicateKeyDict(dict):
-    """JSON object with repeated keys."""
+class JSONObject(dict):
+    """JSON object that knows which of its keys were repeated."""
 
     duplicate_keys: tuple = ()
+
+    def __init__(self, pairs: list) -> None:
+        dict.__init__(self, pairs)
+        if len(self) < len(pairs):
+            self.duplicate_keys = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
 
 
 def parse_json(octets: bytes) -> Any:
@@ -348,18 +341,11 @@ def parse_json(octets: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _object_from_pairs(pairs: list) -> dict:
-    if len(result := dict(pairs)) < len(pairs):
-        result = DuplicateKeyDict(result)
-        result.duplicate_keys = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-    return result
-
-
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=JSONObject, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
@@ -368,12 +354,12 @@ def encode_json(document: Any) -> bytes:
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: str = "") -> Any:
-    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases), and how a
-    secret is read: "line", "text" of several lines, or "later", each time that it is used."""
+    """Return a dataclass field for from_dict(): default, parser or class, meaning, keys in JSON ("a|b" are aliases),
+    and how a secret is read: "line", "text" of several lines, or "later", each time that it is used."""
+    parse = functools.partial(from_dict, parse) if isinstance(parse, type) else parse
     metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    values: dict = {"default_factory": dict} if isinstance(default, dict) else {"default": default}
+    return field(**values, metadata=metadata)
 
 
 def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
@@ -382,8 +368,7 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable 
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
     known, values, prefix = key_table(cls), {}, json_path and json_path + "."
-    if type(raw) is DuplicateKeyDict:
-        errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in raw.duplicate_keys[:MAX_ERRORS])
+    errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in getattr(raw, "duplicate_keys", ())[:MAX_ERRORS])
     for key, value in raw.items():
         name, parse = known.get(key, ("", None))
         if name and value is not None:
@@ -424,24 +409,21 @@ def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
 
 def mask_secrets(text: str, secrets: Any) -> str:
     """Return a text without the secrets, and without parts of 16 characters: servers cut and fold what they repeat."""
-    hidden: set = set()
+    marked = list(text)
     for secret in secrets:
         size = min(len(secret), 16)
-        parts = {secret[i : i + size] for i in range(len(secret) - size + 1)}
-        starts = [i for i in range(len(text) - size + 1) if text[i : i + size] in parts]
-        hidden.update(i for start in starts for i in range(start, start + size))
-    marked = "".join("\0" if i in hidden else c for i, c in enumerate(text))
-    return re.sub("\0+", "********", marked) if hidden else text
+        for start in range(len(text) - size + 1):
+            if text[start : start + size] in secret:
+                marked[start : start + size] = "\0" * size
+    return re.sub("\0+", "********", "".join(marked))
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
     """Parse a string without control characters; "" if it is none."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
-    elif not value.isprintable():
-        errors.append(f"{json_path}: has an unprintable character")
-    else:
+    if type(value) is str and value.isprintable():
         return value
+    fault = "has an unprintable character" if type(value) is str else f"expected a string, got {json_type_name(value)}"
+    errors.append(f"{json_path}: {fault}")
     return ""
 
 
@@ -452,8 +434,8 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
     def parse(value: Any, json_path: str, errors: list) -> Any:
         text = parse_text(value, json_path, errors)
         with contextlib.suppress(ValueError):
-            if accepts(text) or (optional and not text):
-                return convert(text)
+            if (optional and not text) or accepts(text):
+                return convert(text) if text else text
         if text == value:  # else parse_text() has reported it
             errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
         return None
@@ -481,7 +463,6 @@ def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
 
 
 def integer(low: int, high: int) -> Callable:
-
     def parse(value: Any, json_path: str, errors: list) -> int | None:
         if type(value) is int and low <= value <= high:
             return value
@@ -525,14 +506,9 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name", 
     return parse_all
 
 
-def nested(cls: type) -> Callable:
-    return functools.partial(from_dict, cls)
-
-
 # ======================================================================================================================
 # 3. Settings
 #    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and its errors.
-#    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
 IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
@@ -542,25 +518,19 @@ _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyph
 HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 LOCALDOMAIN = ".localdomain"
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
-DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
-LISTEN_ADDRESS = re.compile(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})|unix:/.*")
-NAME_SERVER = re.compile(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)")
-BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
-WEBHOOK_URL = re.compile(
-    r"(?P<base>https?://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)(?P<path>/[!-~]*)?"
-)
+PORT = r"(?:[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_SITE = rf"(?P<base>https?://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::{PORT})?)"
+BASE_URL, WEBHOOK_URL = re.compile(_SITE + "(?:/[A-Za-z0-9/._~-]*)?"), re.compile(_SITE + "(?P<path>/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = (
-    "kern user mail daemon auth syslog lpr news uucp cron - - - - - - local0 local1 local2 local3 local4 local5"
-)
-FACILITIES = {name: i for i, name in enumerate(f"{FACILITIES} local6 local7".split()) if name != "-"}  # RFC 3164 4.1.1
+_FACILITIES = "kern user mail daemon auth syslog lpr news uucp cron"  # RFC 3164 4.1.1
+FACILITIES = {**{name: i for i, name in enumerate(_FACILITIES.split())}, **{f"local{i}": 16 + i for i in range(8)}}
 RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
 SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
-MAX_MEMORY = (1 << 31) - 1  # of scrypt: more than what SCRYPT admits takes
 KEY_HASH = "$sha256$"
 NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
+RETRY_AFTER = (60, 300, 900, 1800, 3600, 7200, 14400)  # seconds, give or take a fifth; the last one repeats
 SECRET_TIMEOUT = 10  # seconds
 SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
 MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
@@ -575,8 +545,6 @@ LIBCRYPTO = {  # function: types of its result and arguments in ctypes
     "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
     "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
     "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
-    "EVP_DigestVerifyInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestVerify": "int void_p char_p size_t char_p size_t", "d2i_PUBKEY": "void_p void_p void_p long",
 }  # fmt: skip
 
 
@@ -588,18 +556,13 @@ def parse_ip(text: str) -> IPAddress:
 
 
 class Networks:
-    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
+    """Set of IP networks."""
 
     def __init__(self, texts: tuple = ()) -> None:
-        self.texts, groups = texts, defaultdict(set)
-        for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
-            shift = network.max_prefixlen - network.prefixlen
-            groups[network.version, shift].add(int(network.network_address) >> shift)
-        self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
+        self.texts, self.networks = texts, [ipaddress.ip_network(text, strict=False) for text in texts]
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, int(address)
-        return any(version == of and number >> shift in members for of, shift, members in self.groups)
+        return any(address in network for network in self.networks)
 
 
 def is_ip(text: str) -> bool:
@@ -610,9 +573,9 @@ def is_ip(text: str) -> bool:
 
 def name_server_endpoint(text: str) -> tuple:
     """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
-    found = NAME_SERVER.fullmatch(text)
-    name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
-    return (name, port) if is_ip(name) and 0 < port < 65536 else ()
+    name, _, port = text.rpartition(":") if "]:" in text or text.count(":") == 1 else (text, "", "53")
+    name = name.strip("[]")
+    return (name, int(port)) if is_ip(name) and re.fullmatch(PORT, port) and int(port) else ()
 
 
 def url_parser(pattern: re.Pattern, example: str, **options: Any) -> Callable:
@@ -641,20 +604,12 @@ def domain_key(name: str) -> str:
     return domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
 
 
-def table_key(name: str) -> str:
-    """Return a domain, or ".domain" for those below it, likewise."""
-    key = domain_key(name[1:] if name.startswith(".") else name)
-    return f".{key}" if key and name.startswith(".") else key
-
-
-def recipient_key(text: str) -> str:
-    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
-    local, _, domain = text.rpartition("@")
-    return f"{local.lower()}@{key}" if local and (key := domain_key(domain)) else ""
-
-
-def fence_key(text: str) -> str:
-    return recipient_key(text) if "@" in text else table_key(text)
+def match_key(text: str) -> str:
+    """Return a domain, ".domain" for those below it, or an address, likewise."""
+    local, at, name = text.rpartition("@")
+    dot = "." if name.startswith(".") and not at else ""
+    key = domain_key(name[len(dot) :])
+    return f"{local.lower()}{at}{dot}{key}" if key and bool(local) == bool(at) else ""
 
 
 def lookup_keys(domain: str) -> list:
@@ -662,11 +617,11 @@ def lookup_keys(domain: str) -> list:
     return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
 
 
-class Rate(NamedTuple):
-    """A limit such as "100/3600": so many in so many seconds."""
+class Rate(str):
+    """Limit such as "100/3600": so many in so many seconds."""
 
-    limit: int
-    seconds: int
+    limit = property(lambda self: int(self.partition("/")[0]))
+    seconds = property(lambda self: int(self.partition("/")[2]))
 
 
 def iso_time(text: str) -> float:
@@ -683,10 +638,8 @@ def parse_mailer(value: Any, json_path: str, errors: list) -> str:
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
-parse_listen_address = matching(
-    lambda text: (found := LISTEN_ADDRESS.fullmatch(text)) and int(found[1] or 0) < 65536,
-    '"host:port", "[v6]:port" or "unix:/path"',
-)
+LISTEN_ADDRESS = re.compile(rf"(?:[^:]+|\[[^]]+\]):{PORT}|unix:/.*")
+parse_listen_address = matching(LISTEN_ADDRESS, '"host:port", "[v6]:port" or "unix:/path"')
 parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(  # or a folder, for the relay File
     lambda text: text.startswith("/") or DOMAIN.fullmatch(text) or is_ip(text), "a host name or an IP address"
@@ -698,19 +651,14 @@ parse_base_url = url_parser(BASE_URL, "https://api.example.org", convert=lambda 
 parse_webhook_url = url_parser(WEBHOOK_URL, "https://www.example.org/hook", secret=True)
 parse_token_url = url_parser(WEBHOOK_URL, "https://login.example.org/token")
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-parse_rate = matching(
-    RATE,
-    '"RECIPIENTS/SECONDS", such as "100/3600"',
-    optional=True,
-    convert=lambda text: Rate(*map(int, text.split("/"))) if text else None,
-)
-parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: name and {"file": name})
+parse_rate = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True, convert=Rate)
+parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: {"file": name})
 parse_domain = matching(domain_key, "a domain", convert=domain_key)
 PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
 parse_plain_address = matching(PLAIN_ADDRESS, "an address")
-parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
-parse_alias = list_of(matching(recipient_key, "an address"), required=True)
+parse_recipient = matching(lambda text: "@" in text and match_key(text), "an address", convert=match_key)
+parse_fence = list_of(matching(match_key, 'an address, "example.org" or ".example.org"', convert=match_key), frozenset)
+parse_alias = list_of(matching(lambda text: "@" in text and match_key(text), "an address"), required=True)
 parse_aliases = mapping_of(parse_alias, lambda name: "" if "@" in name else name.lower(), "a name without @")
 PASSWORD_HASH = re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}")
 parse_password_hash = matching(PASSWORD_HASH, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
@@ -739,7 +687,7 @@ RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     """Parse a string, or an object with one key that names the source of the secret."""
     if not isinstance(value, dict):
-        return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
+        return value if type(value) is str else parse_text(value, json_path, errors)  # read_secret() checks it
     kind = next(iter(value), "")
     if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
         errors.append(f"{json_path}: expected {SECRET_FORMS}")
@@ -754,28 +702,26 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     if isinstance(source, str):
         return source
     ((kind, where),) = source.items()
-    name = where[0] if kind == "command" else where
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else base
     if kind == "credential" and ("/" in where or not folder):
         raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
-    if kind == "env" and where not in os.environ:
-        raise ValueError(f".env: no environment variable {where}")
     try:
         if kind == "command":
-            octets = run_secret_command(where, base)
+            output = run_secret_command(where, base)
+            octets = output if multiline else output.partition(b"\n")[0]
         elif kind == "env":
             octets = os.fsencode(os.environ[where])
         else:
             with open_regular(os.path.join(folder, where)) as stream:
-                octets = stream.read()
                 if os.fstat(stream.fileno()).st_mode & 0o006:
                     raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
+                octets = stream.read()
         secret = octets.decode().rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise ValueError(f".{kind}: {name}: not UTF-8") from None
-    except OSError as error:
-        raise ValueError(f".{kind}: {name}: {error.strerror}") from None
-    secret = secret.partition("\n")[0].rstrip("\r") if kind == "command" and not multiline else secret
+    except KeyError:
+        raise ValueError(f".env: no environment variable {where}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        name = where[0] if kind == "command" else where
+        raise ValueError(f".{kind}: {name}: {getattr(error, 'strerror', 'not UTF-8')}") from None
     if not (multiline or secret.isprintable()):
         raise ValueError(": has a line end, or another unprintable character")
     return secret
@@ -783,8 +729,6 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
 
 def run_secret_command(command: tuple, base: str) -> bytes:
     """Return what a program prints, run without a shell in the folder of the settings."""
-    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
-
     with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=base or None, start_new_session=True) as process:
         try:
             code = process.wait(SECRET_TIMEOUT)
@@ -813,38 +757,29 @@ class Authenticator:
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(2)  # scrypt takes 16 MiB and a core each
 
-    def cached_login(self, credentials: str) -> str:
-        """Return the login of an API key, or of a password that was verified lately, "" for none."""
-        user, colon, password = decode_basic(credentials)
-        if self.keys and (name := self.keys.get(key_hash(password if colon else user))):  # a digest leaks no timing
+    def authenticate(self, credentials: str, cached: bool = False) -> str:
+        """Return the login that an Authorization header (RFC 7617) proves, "" for none. A password takes a tenth of a
+        second, unless it was verified lately; `cached`: only what takes no time."""
+        scheme, _, token = credentials.partition(" ")
+        user, colon, password = "", "", ""
+        with contextlib.suppress(ValueError):
+            if scheme.lower() == "basic":
+                user, colon, password = base64.b64decode(token.strip(), validate=True).decode().partition(":")
+        if name := self.keys.get(key_hash(password if colon else user)):  # a digest leaks no timing
             return name
-        known = self.verified and self.verified.get(hmac.digest(self.key, credentials.encode(), "sha256"), 0)
-        return user if known and known > time.monotonic() else ""
-
-    def authenticate(self, credentials: str) -> str:
-        """Return the login that an Authorization header proves, "" for none; a password takes a tenth of a second."""
-        name, (user, colon, password) = self.cached_login(credentials), decode_basic(credentials)
-        if name or not colon:
-            return name
+        digest, now = hmac.digest(self.key, credentials.encode(), "sha256"), time.monotonic()
+        known = self.verified.get(digest, 0) > now
+        if known or cached or not colon:
+            return user if known else ""
         line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
-            right = bool(line) and verify_password(line, password)
+            right = verify_password(line, password)
             if rest := self.cost - scrypt_cost(line):  # or the time would reveal which users exist
                 scrypt(password, b"", parallel=rest)
         if right:
-            now = time.monotonic()
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-            self.verified[hmac.digest(self.key, credentials.encode(), "sha256")] = now + self.CACHE_TTL
+            self.verified[digest] = now + self.CACHE_TTL
         return user if right else ""
-
-
-def decode_basic(credentials: str) -> tuple:
-    """Return (user, ":", password) of an Authorization header (RFC 7617), empty strings if it is malformed."""
-    scheme, _, token = credentials.partition(" ")
-    text = ""
-    with contextlib.suppress(ValueError):
-        text = base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
-    return text.partition(":")
 
 
 def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
@@ -859,14 +794,13 @@ def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
 
 def verify_password(line: str, password: str) -> bool:
     """Return whether `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
-    if line.startswith(KEY_HASH):
-        return False
-    found = SCRYPT.fullmatch(line)
-    if not found:
+    if line.startswith("{SSHA}"):
         octets = base64.b64decode(line[len("{SSHA}") :])
         return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
-    cost, block, parallel = (int(n) for n in found.groups()[:3])
-    salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
+    if not (found := SCRYPT.fullmatch(line)):
+        return False
+    cost, block, parallel = map(int, found.groups()[:3])
+    salt, digest = map(base64.b64decode, found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
@@ -888,44 +822,39 @@ def hash_password(password: str) -> str:
 
 
 def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=MAX_MEMORY)
+    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=(1 << 31) - 1)
 
 
 def scrypt_cost(line: str) -> int:
     """Return the time to verify a line, in units of N=2**14, r=8, p=1; 0 for {SSHA}."""
     found = SCRYPT.fullmatch(line)
-    cost, block, parallel = (int(n) for n in found.groups()[:3]) if found else (0, 0, 0)
-    return (parallel * block << cost) >> 17
+    return (int(found[3]) * int(found[2]) << int(found[1])) >> 17 if found else 0
 
 
 class PrivateKey:
     """Private key in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
 
-    ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
-
     def __init__(self, pem: bytes) -> None:
-        import ctypes
-
-        crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
-        self._free, source = crypto.EVP_PKEY_free, crypto.BIO_new_mem_buf(pem, len(pem))
+        ctypes, crypto = libcrypto()
+        source = crypto.BIO_new_mem_buf(pem, len(pem))
         self._key = crypto.PEM_read_bio_PrivateKey(source, None, None, b"")  # b"": OpenSSL asks for no passphrase
         crypto.BIO_free(source)
         crypto.ERR_clear_error()  # or this thread's next TLS call would find what was left
         if not self._key:
             raise ValueError("expected a PEM private key without a passphrase")
-        fits = 0 < crypto.i2d_PUBKEY(self._key, None) <= len(buffer)
-        size = crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p))) if fits else 0
-        self.public = buffer.raw[:size]  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
-        self.is_ed25519 = self.public.startswith(self.ED25519_INFO)
+        weakref.finalize(self, crypto.EVP_PKEY_free, self._key)
+        buffer = ctypes.create_string_buffer(max(crypto.i2d_PUBKEY(self._key, None), 1))
+        crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p)))
+        self.public = buffer.raw  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
+        self.is_ed25519 = self.public.startswith(bytes.fromhex("302a300506032b6570032100"))  # RFC 8410 4
         if not self.is_ed25519 and rsa_bits(self.public) < 2048:
             raise ValueError("expected an Ed25519 key, or an RSA key of 2048 bits or more")
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature: RSA PKCS #1 v1.5 with SHA-256, or Ed25519. Other threads run meanwhile."""
-        import ctypes
-
-        crypto, size = libcrypto(), ctypes.c_size_t(16384)
-        signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
+        ctypes, crypto = libcrypto()
+        size, context = ctypes.c_size_t(16384), crypto.EVP_MD_CTX_new()
+        signature = ctypes.create_string_buffer(size.value)
         digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
         ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
@@ -933,25 +862,6 @@ class PrivateKey:
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
         return signature.raw[: size.value]
-
-    @classmethod
-    def verify(cls, public: bytes, data: bytes, signature: bytes) -> bool:
-        """Return whether a signature is valid by a public key, a SubjectPublicKeyInfo in DER."""
-        import ctypes
-
-        crypto, context = libcrypto(), libcrypto().EVP_MD_CTX_new()
-        key = crypto.d2i_PUBKEY(None, ctypes.byref(ctypes.c_char_p(public)), len(public))
-        digest = None if public.startswith(cls.ED25519_INFO) else crypto.EVP_sha256()
-        valid = bool(key) and crypto.EVP_DigestVerifyInit(context, None, digest, None, key) == 1
-        valid = valid and crypto.EVP_DigestVerify(context, signature, len(signature), data, len(data)) == 1
-        crypto.EVP_MD_CTX_free(context)
-        crypto.EVP_PKEY_free(key)
-        crypto.ERR_clear_error()
-        return valid
-
-    def __del__(self) -> None:
-        if getattr(self, "_key", None):
-            self._free(self._key)
 
 
 def rsa_bits(public: bytes) -> int:
@@ -961,20 +871,20 @@ def rsa_bits(public: bytes) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def libcrypto() -> Any:
-    """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
+def libcrypto() -> tuple:
+    """Return ctypes, and OpenSSL's libcrypto by it; raise OSError if this Python has none that can be used."""
     import ctypes
 
-    for module in ("_hashlib", "_ssl", ""):  # linked with libcrypto; "": Python itself is
+    for module in ("_hashlib", "_ssl"):  # are linked with libcrypto, or Python itself is (None)
         try:
-            library = ctypes.CDLL(importlib.import_module(module).__file__ if module else None)
+            library = ctypes.CDLL(getattr(sys.modules.get(module), "__file__", None))
             for name, prototype in LIBCRYPTO.items():
                 result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
                 function = getattr(library, name)
                 function.restype, function.argtypes = result or None, arguments
-        except (ImportError, OSError, AttributeError):
+            return ctypes, library
+        except (OSError, AttributeError):
             continue
-        return library
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
 
 
@@ -993,7 +903,7 @@ class Httpd:
     trusted_proxies: Networks = config_field(Networks(), parse_networks, "networks whose X-Forwarded-For is believed")
     monitors: Networks = config_field(LOOPBACK, parse_networks, "networks that may read /conf, /queue and /metrics")
     allowed_origins: tuple = config_field((), list_of(parse_origin), "web origins that may POST from a browser")
-    tls: Tls | None = config_field(None, nested(Tls), "certificate and key: serve HTTPS")
+    tls: Tls | None = config_field(None, Tls, "certificate and key: serve HTTPS")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1013,7 +923,7 @@ class Smtpd:
     redirect: tuple = config_field((), list_of(parse_plain_address), "staging: all mail goes there instead")
     subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     log: str = config_field("text", one_of(("text", "json"), "form of the log"), "text, or json: one object a line")
-    syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
+    syslog: Syslog = config_field(Syslog(), Syslog, "the log")
 
     @property
     def staging(self) -> str:
@@ -1027,11 +937,7 @@ class Smtpd:
 class QueueSettings:
     path: str = config_field("", parse_text, "the file, relative to this one")
     lifetime: int = config_field(432000, integer(1, 31536000), "seconds until a mail is given up")
-    retry_after: tuple = config_field(
-        (60, 300, 900, 1800, 3600, 7200, 14400),
-        list_of(integer(0, 604800), required=True),
-        "seconds between attempts, give or take a fifth; the last one repeats",
-    )
+    retry_after: tuple = config_field(RETRY_AFTER, list_of(integer(0, 604800), required=True), "seconds between tries")
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
     webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
     webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret="line")
@@ -1061,9 +967,7 @@ class OAuth2:
     scope: str = config_field("", parse_text, "what a token is to permit")
     client_id: str = config_field("", parse_text, "the application's id")
     client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
-    refresh_token: Any = config_field(
-        "", parse_secret, "of a user, else tokens are the application's own", secret="later"
-    )
+    refresh_token: Any = config_field("", parse_secret, "of a user; else tokens are the application's", secret="later")
     service_account: Any = config_field("", parse_file, "JSON file of a Google service account", secret="text")
     access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret="later")
     base: str = ""  # folder of the settings
@@ -1077,7 +981,7 @@ class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
     password: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret="line")
-    oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
+    oauth2: OAuth2 | None = config_field(None, OAuth2, "access tokens instead of a password")
 
 
 @dataclass(frozen=True, repr=False)
@@ -1147,26 +1051,12 @@ class Route:
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
 
-    @property
-    def choices(self) -> tuple:
-        return (self, *self.fallbacks)
-
-    @property
-    def limit_key(self) -> str:
-        """Return the name of what `sessions` and `rate` limit: a server, or an account of it."""
-        return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
-
-    @property
-    def relay(self) -> str:
-        return "File" if self.mailer.startswith("/") else self.mailer
-
-    @property
-    def row(self) -> Relay:
-        return RELAYS.get(self.relay, UNKNOWN_RELAY)
-
-    @property
-    def endpoint(self) -> dict:
-        return {"mailer": self.mailer, "host": self.host, "port": self.port}
+    choices = property(lambda self: (self, *self.fallbacks))
+    relay = property(lambda self: "File" if self.mailer.startswith("/") else self.mailer)
+    row = property(lambda self: RELAYS.get(self.relay, UNKNOWN_RELAY))
+    endpoint = property(lambda self: {"mailer": self.mailer, "host": self.host, "port": self.port})
+    # what `sessions` and `rate` limit: a server, or an account of it
+    limit_key = property(lambda self: " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]]))
 
     @property
     def url(self) -> str:
@@ -1177,35 +1067,34 @@ class Route:
 
     @property
     def folder(self) -> str:
-        import tempfile
-
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
 def parse_route(value: Any, json_path: str, errors: list) -> Route:
     """Parse a route, or a list of them; the first one holds the others."""
-    first, *others = list_of(nested(Route), required=True)(value, json_path, errors) or (Route(),)
+    first, *others = list_of(functools.partial(from_dict, Route), required=True)(value, json_path, errors) or (Route(),)
     return replace(first, fallbacks=tuple(others)) if others else first
+
+
+ROUTE_KEYS = '"example.jp", ".example.jp" or "default"'
+parse_routes = mapping_of(parse_route, lambda name: "" if "@" in name else match_key(name), ROUTE_KEYS)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
-    httpd: Httpd = config_field(Httpd(), nested(Httpd))
-    smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
-    relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
-    recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
-    authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
+    httpd: Httpd = config_field(Httpd(), Httpd)
+    smtpd: Smtpd = config_field(Smtpd(), Smtpd)
+    relayhosts: Relayhosts = config_field(Relayhosts(), Relayhosts)
+    recipients: Recipients | None = config_field(None, Recipients)
+    mailertable: dict = config_field({}, parse_routes)
+    sendermt: dict = config_field({}, parse_routes)
+    authinfo: dict = config_field({}, mapping_of(functools.partial(from_dict, Credentials)))
     password: Authenticator = config_field(Authenticator({}), mapping_of(parse_login, collect=Authenticator))
-    queue: QueueSettings | None = config_field(None, nested(QueueSettings))
-    dkim: dict = config_field({}, mapping_of(nested(DkimKey), domain_key, "a domain"))
+    queue: QueueSettings | None = config_field(None, QueueSettings)
+    dkim: dict = config_field({}, mapping_of(functools.partial(from_dict, DkimKey), domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
-
-    @property
-    def hostname(self) -> str:
-        return self.smtpd.hostname
+    hostname = property(lambda self: self.smtpd.hostname)
 
 
 def load_settings(path: str | None) -> tuple:
@@ -1213,20 +1102,25 @@ def load_settings(path: str | None) -> tuple:
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
-    errors, public, aside, files = [], [], {}, {path: stat_key(path)}
-    raw = read_json_file(path, errors, public)
+    errors, base, aside, exposed, files = [], os.path.dirname(path), {}, set(), {path: stat_key(path)}
+    raw = read_json_file(path, path, errors)
     for section, name in raw.items():
         if isinstance(name, str) and section in key_table(Settings):
-            aside[section] = file = os.path.join(os.path.dirname(path), name)
+            aside[section] = file = os.path.join(base, name)
             files[file] = stat_key(file)
-            raw[section] = read_json_file(file, errors, public, section)
-    settings = replace(from_dict(Settings, raw, "", errors), path=path, files=tuple(files.items()))
-    plain = [where for where, holder, name, _ in secret_fields(settings) if isinstance(getattr(holder, name), str)]
-    found = {aside.get(where.partition(".")[0], path) for where in plain}.intersection(public)
-    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in sorted(found)]
+            raw[section] = read_json_file(file, f"{section}: {file}", errors)
+    settings = from_dict(Settings, raw, "", errors)
     paths = {error.partition(": ")[0] for error in errors}
+    for json_path, source, how in resolve_secrets(settings, "", base, errors):
+        if isinstance(source, str):
+            exposed.add(aside.get(json_path.partition(".")[0], path))
+        elif "file" in source and how != "later":
+            name = os.path.join(base, source["file"])
+            files[name] = stat_key(name)
+    exposed = sorted(file for file in exposed if files[file] and files[file][3] & 0o004)
+    errors += [f"{file}: holds secrets and can be read by everybody; chmod 600 {file}" for file in exposed]
     causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")
-    settings, dependent = resolve_settings(settings, [])
+    settings, dependent = resolve_settings(replace(settings, path=path, files=tuple(files.items())), [])
     for error in dependent:  # without those that only follow from others
         if not (error.startswith(causes) or ("authinfo" in paths and "in authinfo" in error)):
             errors.append(error)
@@ -1241,22 +1135,19 @@ def stat_key(path: str) -> tuple | None:
     return None
 
 
-def read_json_file(path: str, errors: list, public: list, section: str = "") -> dict:
-    """Return the JSON object in a file, {} and an error if there is none; `public` gets those that all can read."""
-    label = f"{section}: {path}" if section else path
+def read_json_file(path: str, label: str, errors: list) -> dict:
+    """Return the JSON object in a file, {} and an error if there is none."""
     try:
         with open_regular(path) as stream:
-            mode = os.fstat(stream.fileno()).st_mode
+            if os.fstat(stream.fileno()).st_mode & 0o002:
+                errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
             raw = parse_json(stream.read())
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected an object, got {json_type_name(raw)}")
     except (OSError, ValueError) as error:
         errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
         return {}
-    public += [path] if mode & 0o004 else []
-    if mode & 0o002:
-        errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
-    if not isinstance(raw, dict):
-        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
-    return raw if isinstance(raw, dict) else {}
+    return raw
 
 
 def open_regular(path: str) -> Any:
@@ -1268,42 +1159,28 @@ def open_regular(path: str) -> Any:
     return stream
 
 
-def secret_fields(value: Any, json_path: str = "") -> Any:
-    """Yield (JSON path, the dataclass that holds it, its name, how it is read) of each secret in settings."""
+def resolve_secrets(value: Any, json_path: str, base: str, errors: list) -> Any:
+    """Put each secret in place of its source, if it can be read; yield (JSON path, source, how it is read) of each."""
     value = getattr(value, "logins", value)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from secret_fields(item, f"{json_path}.{key}")
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from resolve_secrets(item, f"{json_path}.{key}", base, errors)
     for item in fields(value) if hasattr(value, "__dataclass_fields__") else ():
-        where, secret = f"{json_path}.{item.name}".lstrip("."), item.metadata.get("secret")
-        if secret and getattr(value, item.name):
-            yield where, value, item.name, secret
-        elif not secret:
-            yield from secret_fields(getattr(value, item.name), where)
-
-
-def resolve_secrets(settings: Settings, base: str, errors: list) -> list:
-    """Put each secret in place of its source, which stays where that fails; return the names of the files read."""
-    names = []
-    for json_path, holder, name, how in secret_fields(settings):
-        source = getattr(holder, name)
-        if isinstance(source, str) or (how == "later" and "command" in source):  # a command may need the network
-            continue
-        try:
-            secret = read_secret(source, base, how == "text")
-        except ValueError as error:
-            errors.append(f"{json_path}{error}")
-            continue
-        if how != "later":
-            object.__setattr__(holder, name, secret)
-            names += [source["file"]] if "file" in source else []
-    return names
+        where, how = f"{json_path}.{item.name}".lstrip("."), item.metadata.get("secret")
+        source = getattr(value, item.name)
+        if not how:
+            yield from resolve_secrets(source, where, base, errors)
+        elif source:
+            yield where, source, how
+            try:
+                secret = source if "command" in source and how == "later" else read_secret(source, base, how == "text")
+                object.__setattr__(value, item.name, source if how == "later" else secret)
+            except ValueError as error:
+                errors.append(f"{where}{error}")
 
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
-    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
-    files = resolve_secrets(settings, base, errors)
+    base, tls, files = os.path.dirname(settings.path or ""), settings.httpd.tls, []
     logins = {key: _login(login, base, f"authinfo.{key}", errors) for key, login in settings.authinfo.items()}
     tables: dict = {"mailertable": {}, "sendermt": {}}
     for table, routes in tables.items():
@@ -1313,12 +1190,12 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
             found = [_route(replace(route, fallbacks=()), logins, base, name, errors) for name, route in choices]
             routes.update({key: replace(found[0], fallbacks=tuple(found[1:]))} if found else {})
             files += [route.ca_file for route in found]
-    if tls:
+    missing = [key for key in ("certificate", "key") if tls and not getattr(tls, key)]
+    errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
+    if tls and not missing:
         files += [tls.certificate, tls.key]
-        missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
-        errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
         try:
-            server_context(tls, base) if not missing else None
+            server_context(tls, base)
         except OSError as error:
             errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
     smtpd = replace(settings.smtpd, hostname=settings.smtpd.hostname or local_hostname())
@@ -1339,8 +1216,7 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
     """Return the login with what tokens are fetched with; scope as in the settings."""
-    oauth2 = login.oauth2
-    if not oauth2:
+    if not (oauth2 := login.oauth2):
         return login
     provider, account = "google" if oauth2.service_account else oauth2.provider, oauth2.service_account
     url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
@@ -1436,8 +1312,7 @@ def local_hostname(name: str | None = None) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
-    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    """Return the name for EHLO from a local address: `hostname` if that is legal, else by reverse DNS, else [IP]."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
     local = parse_ip(address)
@@ -1472,8 +1347,7 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
         open_regular(ca_file).close()
         context.load_verify_locations(ca_file)
     if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
@@ -1481,8 +1355,6 @@ def redacted(value: Any, secret: str = "") -> Any:
     """Return settings as JSON values, each secret as ********."""
     if (secret and value) or (isinstance(value, Login) and value == Login(value.hash)):
         return "********"
-    if isinstance(value, Rate):
-        return f"{value.limit}/{value.seconds}"
     if isinstance(value, Route) and value.fallbacks:
         return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if hasattr(value, "__dataclass_fields__"):
@@ -1507,8 +1379,7 @@ def example_settings() -> dict:
 
 # ======================================================================================================================
 # 4. Log and metrics
-#    One line for each event, on stderr or to syslog. A destination that does not read costs lines, never a mail. `log`
-#    and `metrics` are the only state that all sections share.
+#    A destination that does not read costs lines, never a mail. `log` and `metrics` are the only state that all share.
 # ======================================================================================================================
 
 MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
@@ -1539,7 +1410,6 @@ class Log:
         self.lost = self.lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
 
     def open(self, settings: Syslog, form: str = "text") -> None:
-        """Send lines from now on where the settings say."""
         self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
         self.is_json = form == "json"
         with contextlib.suppress(OSError):
@@ -1549,35 +1419,37 @@ class Log:
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
         """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
         fields = {key: value for key, value in fields.items() if value is not None}
-        self._write(level, json_line(level, event, message, fields) if self.is_json else text_line(message, **fields))
+        self._write(level, [json_line(level, event, message, fields) if self.is_json else text_line(message, **fields)])
 
     def lines(self, *lines: str, level: str = "info") -> None:
         """Write lines by one call, so that those of several processes don't mix."""
-        self._write(level, *([json_line(level, "server", line, {}) for line in lines] if self.is_json else lines))
+        self._write(level, [json_line(level, "server", line, {}) if self.is_json else line for line in lines])
 
     def banner(self, text: str) -> None:
         """Write a line to stderr, wherever the others go."""
         line = json_line("info", "server", text, {}) if self.is_json else text
-        self.write_bytes(f"{'<6>' if self.is_journal else ''}{line}\n".encode())
+        self._to_stderr(f"{'<6>' if self.is_journal else ''}{line}\n")
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
         """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
         line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
         if self.devel:
-            self.lines(f"{peer} {line}") if self.is_json else self._add(f"{peer} {line}\n")
+            self.banner(f"{peer} {line}")
         if lines is not None:
             lines.append(line)
 
-    def _write(self, level: str, *lines: str) -> None:
+    def _write(self, level: str, lines: list) -> None:
+        name = f"haineko[{os.getpid()}]: "
         if self.facility is not None:
+            head = f"<{self.facility | self.LEVELS[level]}>{time.strftime('%b %e %H:%M:%S')} {name}"  # RFC 3164
             for line in lines:
-                self._to_syslog(line, self.facility | self.LEVELS[level])
+                self._to_syslog(head, line)
         elif not self.quiet:
-            head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+            head = "" if self.is_json else f"{timestamp(int(time.time()))} {name}"
             head = f"<{self.LEVELS[level]}>" if self.is_journal else head
-            self._add("".join([f"{head}{line}\n" for line in lines]))
+            self._to_stderr("".join([f"{head}{line}\n" for line in lines]))
 
-    def _add(self, text: str) -> None:
+    def _to_stderr(self, text: str) -> None:
         if self.buffer is None:
             self.write_bytes(text.encode("utf-8", "backslashreplace"))
             return
@@ -1597,8 +1469,7 @@ class Log:
                 os.close(number)
 
     def start_buffering(self, loop: Any = None) -> None:
-        """Let lines wait for flush(), which the event loop calls in its next iteration. A process that is killed loses
-        those of the current one, of which no request was answered yet."""
+        """Let lines wait for flush(), which the event loop calls in its next iteration."""
         self.buffer, self.loop = [], loop
         with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
@@ -1616,8 +1487,8 @@ class Log:
         with contextlib.suppress(OSError):
             while start < len(octets):
                 if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
-                    self.lost += octets.count(b"\n", start)
-                    self.lost_ever += octets.count(b"\n", start)
+                    lines = octets.count(b"\n", start)
+                    self.lost, self.lost_ever = self.lost + lines, self.lost_ever + lines
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if self.lost:
@@ -1629,26 +1500,17 @@ class Log:
             return True
         return False
 
-    def _to_syslog(self, line: str, priority: int) -> None:
-        """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
-        head = f"<{priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
-        for _ in range(2):
-            try:
-                if not self.syslog:
-                    self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-                self.syslog.settimeout(0 if self.lost else self.PATIENCE)
-                for text in (self.LOST.format(self.lost), line) if self.lost else (line,):
-                    self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.lost = 0
-                return
-            except (BlockingIOError, socket.timeout):
-                break
-            except OSError:  # the daemon went; another one may be there
-                if self.syslog:
-                    self.syslog.close()
-                self.syslog = None
-        self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
+    def _to_syslog(self, head: str, line: str) -> None:
+        """Send a line to a daemon that may be absent, another one or stuck, where syslog.syslog() would block."""
+        path = next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0])
+        try:
+            self.syslog = self.syslog or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self.syslog.settimeout(0 if self.lost else self.PATIENCE)
+            for text in (self.LOST.format(self.lost), line) if self.lost else (line,):
+                self.syslog.sendto(f"{head}{text}".encode("utf-8", "backslashreplace"), path)
+            self.lost = 0
+        except OSError:
+            self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -1657,28 +1519,23 @@ def timestamp(second: int) -> str:
 
 
 def log_exception(queueid: str | None) -> None:
-    import traceback
-
     lines = traceback.format_exc().splitlines()
     log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in lines], level="error")
 
 
 def json_line(level: str, event: str, message: str, fields: dict) -> str:
     """Return an event as a JSON object in a line."""
-    now = time.time()
-    zoned = timestamp(int(now))
-    values = {"time": f"{zoned[:19]}.{int(now % 1 * 1000):03d}{zoned[19:22]}:{zoned[22:]}", "level": level}
-    values.update({"event": event, **fields, "message": message})
+    moment = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    values = {"time": moment, "level": level, "event": event, **fields, "message": message}
     forms = {"to": lambda to: [sanitize(item, 254) for item in to], "code": int, "delay": lambda delay: round(delay, 3)}
     return ENCODER.encode({key: forms.get(key, lambda text: sanitize(text, 1000))(values[key]) for key in values})
 
 
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
-    pairs = []
-    for key, value in fields.items():
-        text = LOG_FORMS[key](value) if key in LOG_FORMS else value
-        pairs.append(f"{key}={log_value(text, MAX_TO if key == 'to' and 'relay' in fields else 500)}")
+    shown = {key: LOG_FORMS.get(key, str)(value) for key, value in fields.items()}
+    limits = {"to": MAX_TO} if "relay" in fields else {}
+    pairs = [f"{key}={log_value(value, limits.get(key, 500))}" for key, value in shown.items()]
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
@@ -1686,22 +1543,19 @@ def text_line(message: str, queueid: str | None = None, code: str = "", **fields
 def log_value(value: Any, limit: int = 500) -> str:
     """Return a value for a log line, in quotes if it is empty or has blanks or quotes, "?" for unprintables."""
     value = sanitize(str(value), limit)
-    if value and " " not in value and '"' not in value:
-        return value
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return value if value and " " not in value and '"' not in value else ENCODER.encode(value)
 
 
 class Metrics:
-    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads. The
-    row of a worker is kept when it is replaced, so that no counter goes back."""
+    """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
 
     def __init__(self) -> None:
         self.table: dict = {}  # {name: (type, help, {label: its values})}
         self.columns: dict = {}  # {(name, *label values): column}; nothing is counted before allocate()
-        self.cells: Any = None
-        self.width = self.first = 0  # columns; index of the first cell of this process
+        self.rows: list = []  # of all processes
+        self.cells: Any = None  # the row of this one
 
     def allocate(self, table: dict, rows: int) -> None:
         """Make room for the metrics of a table in so many rows; this process gets the last one."""
@@ -1710,56 +1564,50 @@ class Metrics:
             for values in itertools.product(*labels.values()):
                 self.columns[(name, *values)] = width
                 width += len(self.BUCKETS) + 2 if kind == "histogram" else 1
-        self.cells, self.width = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q"), width
-        self.use_row(rows - 1)
-
-    def use_row(self, row: int) -> None:
-        self.first = row * self.width
+        cells = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q")
+        self.rows = [cells[first : first + width] for first in range(0, width * rows, width)]
+        self.cells = self.rows[-1]
 
     def add(self, *key: Any, by: int = 1) -> None:
         """Add to a counter; the key is its name and the values of its labels."""
         if key in self.columns:
-            self.cells[self.first + self.columns[key]] += by
+            self.cells[self.columns[key]] += by
 
     def set(self, *key: Any, to: int) -> None:
         if key in self.columns:
-            self.cells[self.first + self.columns[key]] = to
+            self.cells[self.columns[key]] = to
 
     def observe(self, *key: Any, seconds: float) -> None:
-        """Count a duration in a histogram."""
         if key in self.columns:
-            column = self.first + self.columns[key]
+            column = self.columns[key]
             self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
             self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
 
     def beat(self) -> None:
-        self.cells[self.first] = time.monotonic_ns()
+        self.cells[0] = time.monotonic_ns()
 
     def last_beat(self, row: int) -> float:
         """Return when the process with that row was not stuck, in seconds of time.monotonic()."""
-        return self.cells[row * self.width] / 1e9
+        return self.rows[row][0] / 1e9
 
     def total(self, column: int) -> int:
-        return sum(self.cells[column :: self.width])
+        return sum([row[column] for row in self.rows])
 
     def text(self, current: dict) -> str:
         """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
-        lines, bounds = [], [*self.BUCKETS, "+Inf"]
+        lines = []
         for name, (kind, about, labels) in self.table.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-            for values in itertools.product(*labels.values()):
-                column, samples = self.columns[(name, *values)], {}
-                pairs = "".join([f'{label}="{value}",' for label, value in zip(labels, values)])
+            for key in itertools.product((name,), *labels.values()):
+                column, pairs = self.columns[key], [f'{label}="{value}"' for label, value in zip(labels, key[1:])]
+                samples = [("", pairs, current.get(key, self.total(column)))]
                 if kind == "histogram":
-                    counts = itertools.accumulate([self.total(column + i) for i in range(len(bounds))])
-                    samples = {f'_bucket{{{pairs}le="{bound}",': count for bound, count in zip(bounds, counts)}
-                    samples[f"_count{{{pairs}"] = samples[f'_bucket{{{pairs}le="+Inf",']
-                    samples[f"_sum{{{pairs}"] = self.total(column + len(bounds)) / 1e6
-                elif (value := current.get((name, *values), self.total(column))) is not None:
-                    samples = {f"{{{pairs}": value}
-                lines += [
-                    f"{name}{head}}} {value}".replace(",}", "}").replace("{}", "") for head, value in samples.items()
-                ]
+                    counts = list(itertools.accumulate(self.total(column + i) for i in range(len(self.BUCKETS) + 1)))
+                    bounds = [[*pairs, f'le="{bound}"'] for bound in (*self.BUCKETS, "+Inf")]
+                    samples = [("_bucket", *sample) for sample in zip(bounds, counts)]
+                    samples += [("_count", pairs, counts[-1]), ("_sum", pairs, self.total(column + len(counts)) / 1e6)]
+                samples = [(f"{name}{suffix}{{{','.join(pairs)}}}", value) for suffix, pairs, value in samples]
+                lines += [f"{series} {value}".replace("{}", "") for series, value in samples if value is not None]
         return "\n".join(lines) + "\n"
 
 
@@ -1863,6 +1711,8 @@ class Request:
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = DEFAULT_DSN  # what is asked of the next server
+    is_http10: bool = False
+    keep_alive: bool = False  # the client wants to go on using the connection
 
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
@@ -2684,7 +2534,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 #    have no side effects. CHECKS has them in the order in which faults are reported.
 # ======================================================================================================================
 
-WRONG_LOGINS = Rate(10, 60)
+WRONG_LOGINS = Rate("10/60")
 SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
 POSTMARK_PATHS = ("/email", "/email/batch")
 MAX_SEND_AHEAD = 30 * 86400  # seconds
@@ -2949,56 +2799,59 @@ EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
 
+# What HTMLTextExtractor writes for the start and the end of an element, and for its start alone.
+BLOCK_MARKS = dict.fromkeys(("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li",
+                             "main", "nav", "section", "tr"), "\v")  # fmt: skip
+BLOCK_MARKS.update(dict.fromkeys(("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p",
+                                  "pre", "table", "ul"), "\r"))  # fmt: skip
+START_MARKS = {"br": "\n", "hr": "-----\v", "li": "* ", "td": "\t", "th": "\t"}
+PREFORMATTED = str.maketrans({" ": "\xa0", "\t": "\xa0" * 8, "\v": "", "\r": ""})
+
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
-RFC2231_SEGMENT = 60  # characters of a parameter in one line
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
+JIS_NEEDS_ENCODING = re.compile(rb"[^\x1b\x20-\x7e\t\r\n]|^[^\r\n]{999}", re.MULTILINE)
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
-# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
-# the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")  # Windows' names of JIS X 0208; those of Python's codec
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
-ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
 COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
-NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
+rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
     """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
+    date, address = rfc5322_date(int(now)), str(client or "127.0.0.1")
+    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+    trace = f"Received: from {submission.ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};"
+    trace += f"\r\n\t{date}"  # RFC 5321 4.4
     if submission.raw:
-        trace = received_field(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
-        loop = submission.header.loop
-        return complete_raw_message(submission.raw, submission.mail, loop, trace, queueid, hostname, now)
+        return complete_raw_message(submission, trace, queueid, hostname, date)
     try:
-        return _compose(submission, submission.header.charset, queueid, client, hostname, now)
+        return _compose(submission, submission.header.charset, trace, queueid, hostname, date)
     except UnicodeEncodeError:
-        return _compose(submission, "UTF-8", queueid, client, hostname, now)
+        return _compose(submission, "UTF-8", trace, queueid, hostname, date)
 
 
-def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
-    header, sender, date = submission.header, parse_address(submission.mail), rfc5322_date(int(now))
+def _compose(submission: Submission, charset: str, trace: str, queueid: str, hostname: str, date: str) -> Message:
+    header, sender = submission.header, parse_address(submission.mail)
     author = header.from_ or (("", sender),)
-    top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
+    lines = [trace, address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
-        top.append(f"Sender: {sender.addr_spec}")
-    extra: dict = {}
+        lines.append(f"Sender: {sender.addr_spec}")
+    number = "1" if submission.shared else "\0"  # NUL stands for what differs from copy to copy
+    lines += [] if submission.shared else ["To: \0"]
+    for name, mailboxes in (("To", header.to), ("Cc", header.cc), ("Reply-To", header.replyto)):
+        lines += [address_field(name, mailboxes, charset)] if mailboxes else []
+    extra: dict = {"Date": [], "Message-Id": []}
     for name, value in header.extra_fields:
-        extra.setdefault(name, []).append(header_field(name, value, charset))
-    middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
-    middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
-    identity = extra.pop("Message-Id", ())
-    end = [line for lines in extra.values() for line in lines]
-    end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
-    if submission.shared:
-        shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
-        heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
-    elif identity:
-        heads = [[*top, "To: "], ["", *middle, *identity, *end]]
-    else:
-        heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
-    *parts, last = ["\r\n".join(lines).encode() for lines in heads]
+        make_field = address_field if type(value) is tuple else text_field
+        extra.setdefault(name, []).append(make_field(name, value, charset))
+    dated = extra.pop("Date") or [f"Date: {date}"]
+    identity = extra.pop("Message-Id") or [f"Message-Id: <{queueid}.{number}@{hostname}>"]
+    lines += [text_field("Subject", header.subject, charset), *dated, *identity]
+    lines += [*itertools.chain(*extra.values()), loop_field(header.loop, hostname), "MIME-Version: 1.0", ""]
+    *parts, last = "\r\n".join(lines).encode().split(b"\0")
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
     return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
 
@@ -3008,18 +2861,17 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def header_field(name: str, value: Any, charset: str) -> str:
-    """Return a field of mailboxes or text, encoded as its grammar allows."""
-    if type(value) is tuple:
-        return address_field(name, value, charset)
-    if STRUCTURED_FIELDS.fullmatch(name.lower()):
-        return fold(f"{name}:", value.split(" "))
-    return text_field(name, value, charset)
-
-
 def text_part(subtype: str, text: str, charset: str) -> list:
-    """Return [header, body] of a part that is text."""
-    encoding, body = encode_body(text, charset)
+    """Return [header, body] of a part that is text, with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
+    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
+    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
+    encoding, body = "7bit", charset_encoder(charset)(text)
+    if (JIS_NEEDS_ENCODING if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
+        quoted = (len(body) + 2 * len(body.translate(None, QUOTED_AS_IS))) * 77 // 74
+        if quoted < (len(body) + 2) // 3 * 4 + (len(body) + 56) // 57 * 2:
+            encoding, body = "quoted-printable", binascii.b2a_qp(body, istext=True)
+        else:
+            encoding, body = "base64", base64_lines(body)
     head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
@@ -3032,8 +2884,7 @@ def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
     whole = text_part("plain", submission.body or html_to_text(html), charset)
     if html:
         shown = text_part("html", html, charset)
-        if pictures:
-            shown = multipart("related", queueid, shown, *pictures)
+        shown = multipart("related", queueid, shown, *pictures) if pictures else shown
         whole = multipart("alternative", queueid, whole, shown)
     return multipart("mixed", queueid, whole, *files) if files else whole
 
@@ -3050,8 +2901,17 @@ def multipart(subtype: str, queueid: str, *parts: Any) -> list:
 
 def file_part(item: Attachment, charset: str) -> list:
     """Return [header, body] of an attachment, whose content arrives unchanged."""
-    media_type = item.type or guess_media_type(item.filename)
-    in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
+    import mimetypes
+
+    extension = os.path.splitext(item.filename)[1].lower()
+    guess = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")  # alike on all systems
+    media_type = item.type or ("application/octet-stream" if guess.startswith("message/") else guess)
+    in_type = in_disposition = ""
+    if PLAIN_NAME.fullmatch(item.filename) and "=?" not in item.filename:
+        in_type, in_disposition = f';\r\n name="{item.filename}"', f';\r\n filename="{item.filename}"'
+    elif item.filename:  # in encoded words for readers that do not know RFC 2231
+        words = "\r\n ".join(encoded_words(item.filename, charset, 7))
+        in_type, in_disposition = f';\r\n name="{words}"', rfc2231_parameter("filename", item.filename, charset)
     disposition = "inline" if item.cid or item.inline else "attachment"
     if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() checks that
         encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
@@ -3062,146 +2922,75 @@ def file_part(item: Attachment, charset: str) -> list:
     return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
-def name_parameters(name: str, charset: str) -> tuple:
-    """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
-    latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
-    if PLAIN_NAME.fullmatch(name) and "=?" not in name:
-        return f';\r\n name="{name}"', f';\r\n filename="{name}"'
-    words = "\r\n ".join(encoded_words(name, charset, 7))
-    return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
-
-
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
-    if len(coded) <= RFC2231_SEGMENT:
+    if len(coded) <= 60:
         return f";\r\n {name}*={coded}"
-    segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
+    segments = re.findall("(?:%..|[^%]){1,20}", coded)
     return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-
-
-def guess_media_type(name: str) -> str:
-    """Return the media type for the extension of a file's name, by tables that are the same on every system."""
-    import mimetypes
-
-    extension = os.path.splitext(name)[1].lower()
-    media_type = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")
-    return "application/octet-stream" if media_type.startswith("message/") else media_type
 
 
 def html_to_text(html: str) -> str:
     """Return the plain text of HTML: words and lines, targets of links, descriptions of pictures."""
     extractor = HTMLTextExtractor()
-    # Sections like <![if ...]> hold no text, and some versions of the parser fail on them. Without close(), what is
-    # unfinished at the end is left out, as browsers do.
+    # Some versions of the parser fail on sections like <![if ...]>. Without close(), what is unfinished is left out.
     extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    return "".join(extractor.out).strip("\n") + "\n"
+    text = re.sub(r"[ \t]+", lambda run: "\t" if "\t" in run[0] else " ", "".join(extractor.out))
+    text = re.sub(r"[ \t]?[\n\v\r][ \t\n\v\r]*", lambda run: "\n" * max(1 + ("\r" in run[0]), run[0].count("\n")), text)
+    return text.strip(" \t\n").replace("\t", "  ").replace("\xa0", " ") + "\n"
 
 
 class HTMLTextExtractor(HTMLParser):
-    """Parser that writes down the text of HTML."""
-
-    HIDDEN = ("script", "style", "title", "template")
-    LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
-             "section", "tr")  # fmt: skip
-    PARAGRAPHS = ("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "table",
-                  "ul")  # fmt: skip
+    """Parser that writes down the text of HTML, with a mark where a paragraph ("\\r"), a line of its own ("\\v"), a
+    broken line ("\\n") or a table's cell ("\\t") begins; a space that stays is a no-break space."""
 
     def __init__(self) -> None:
         super().__init__()
         self.out: list = []
-        self.gap = 2  # line ends after the last word
-        self.space = ""  # to be written before the next word
         self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         if self.hidden:
             return
-        if tag in self.HIDDEN:
-            self.hidden = tag
-        self._break(tag)
         values = dict(attrs)
-        if tag == "br":
-            self._line(self.gap + 1)
-        elif tag == "li":
-            self.handle_data("* ")
-        elif tag == "hr":
-            self._line(1)
-            self.handle_data("-----")
-            self._line(1)
-        elif tag in ("td", "th") and not self.gap:
-            self.space = "  "
+        self.out.append(BLOCK_MARKS.get(tag, "") + START_MARKS.get(tag, ""))
+        if tag == "a":
+            self.link, self.link_start = values.get("href") or "", len(self.out)
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
-        elif tag == "a":
-            self.link, self.link_start = values.get("href") or "", len(self.out)
+        self.hidden = tag if tag in ("script", "style", "title", "template") else ""
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
         if self.hidden:
             self.hidden = "" if tag == self.hidden else self.hidden
             return
-        self._break(tag)
+        self.out.append(BLOCK_MARKS.get(tag, ""))
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
-        if tag == "a":
-            link, self.link = self.link, ""
-            text = "".join(self.out[self.link_start :]).strip() if link else ""
-            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != text != link:
-                self.handle_data(f" <{link}>")
+        if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
+            text = "".join(self.out[self.link_start :]).strip()
+            if text and self.link not in (text, f"mailto:{text}"):
+                self.handle_data(f" <{self.link}>")
+            self.link = ""
 
     def handle_data(self, data: str) -> None:
-        """Add text, with white space collapsed as browsers do."""
-        if self.hidden:
-            return
-        if self.pre_depth:
-            self.out.append(data)
-            self.gap = int(data.endswith("\n")) if data else self.gap
-            return
-        words = re.sub(r"[ \t\r\n\f]+", " ", data).strip(" ").replace("\xa0", " ")
-        if data[:1].isspace():
-            self.space = self.space or " "
-        if words:
-            self.out.append((self.space if not self.gap else "") + words)
-            self.gap, self.space = 0, " " if data[-1:].isspace() else ""
-
-    def _break(self, tag: str) -> None:
-        if tag in self.LINES or tag in self.PARAGRAPHS:
-            self._line(2 if tag in self.PARAGRAPHS else 1)
-
-    def _line(self, ends: int) -> None:
-        """Make at least this many line ends follow the last word."""
-        if self.gap < ends:
-            self.out.append("\n" * (ends - self.gap))
-            self.gap = ends
-        self.space = ""
-
-
-@functools.lru_cache(maxsize=4)
-def rfc5322_date(second: int) -> str:
-    return formatdate(second, localtime=True)
-
-
-def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
-    """Return the trace field (RFC 5321 4.4)."""
-    address = str(client or "127.0.0.1")
-    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
-    return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
+        if not self.hidden:
+            self.out.append(data.translate(PREFORMATTED) if self.pre_depth else re.sub(r"[ \t-\r]+", " ", data))
 
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
     """Return a field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
     tokens: list = []
-    for i, (display_name, mailbox) in enumerate(mailboxes):
-        comma = "," if i < len(mailboxes) - 1 else ""
+    for display_name, mailbox in mailboxes:
         if mailbox is NULL_SENDER:
-            tokens.append(f"{display_name}:;{comma}")
+            tokens.append(f"{display_name}:;,")
         elif not display_name:
-            tokens.append(mailbox.addr_spec + comma)
+            tokens.append(f"{mailbox.addr_spec},")
         else:
-            tokens += phrase_tokens(display_name, charset, len(name) + 2)
-            tokens.append(f"<{mailbox.addr_spec}>{comma}")
-    return fold(f"{name}:", tokens)
+            tokens += [*phrase_tokens(display_name, charset, len(name) + 2), f"<{mailbox.addr_spec}>,"]
+    return fold(f"{name}:", tokens)[:-1]
 
 
 @cache_short(512)
@@ -3215,8 +3004,8 @@ def phrase_tokens(text: str, charset: str, used: int) -> tuple:
 
 
 def text_field(name: str, value: str, charset: str) -> str:
-    """Return an unstructured field: as it is if a reader gets the same text back, else in encoded words."""
-    if PLAIN.fullmatch(value) and "=?" not in value:
+    """Return a field of text: as it is if a reader gets the same text back, else in encoded words, if it may be."""
+    if (PLAIN.fullmatch(value) and "=?" not in value) or STRUCTURED_FIELDS.fullmatch(name.lower()):
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
     if len(name) + len(charset) > 60:  # no room for a word in the first line
@@ -3235,50 +3024,30 @@ def fold(line: str, tokens: Any) -> str:
 
 
 def encoded_words(value: str, charset: str, used: int) -> list:
-    """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
-    taken already."""
+    """Return encoded words (RFC 2047) of whole characters, for lines of 76 columns; `used` of the first are taken."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
     value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
-    overhead = len(charset) + 7
     while start < len(value) or not words:
-        size = min(len(value) - start, room)
-        coded = encode(value[start : start + size])
-        while size > 1 and overhead + (len(coded) + 2) // 3 * 4 > room:
-            size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
-            coded = encode(value[start : start + size])
+        size, limit = min(len(value) - start, room), (room - len(charset) - 7) // 4 * 3  # characters, octets
+        while len(coded := encode(value[start : start + size])) > limit and size > 1:
+            size = max(1, min(size - 1, size * limit // len(coded) + 1))
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
 
 
-def encode_body(text: str, charset: str) -> tuple:
-    """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
-    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
-    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
-    octets = charset_encoder(charset)(text)
-    if not NEEDS_ENCODING.search(octets):
-        return "7bit", octets
-    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not LONG_LINE.search(octets):
-        return "7bit", octets
-    if charset != "UTF-8" or len(octets) < 2 * len(text):  # else most characters are other than ASCII
-        quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
-        if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
-            return "quoted-printable", binascii.b2a_qp(octets, istext=True)
-    return "base64", base64_lines(octets)
-
-
 @functools.lru_cache(maxsize=64)
 def charset_encoder(charset: str) -> Callable:
     """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
-    return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
+    codec = codec_name(charset)
 
+    def encode(text: str) -> bytes:
+        octets = text.encode(codec)
+        if octets.decode(codec, "replace") != text:  # EUC-JP turns a yen sign into a backslash
+            raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
+        return octets
 
-def _encode(codec: str, text: str) -> bytes:
-    octets = text.encode(codec)
-    with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
-        if octets.decode(codec) == text:
-            return octets
-    raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
+    return CHARSETS.get(charset, encode)
 
 
 def encode_jis(text: str) -> bytes:
@@ -3287,14 +3056,13 @@ def encode_jis(text: str) -> bytes:
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
     with contextlib.suppress(UnicodeEncodeError):
         return text.translate(CP932_TO_JIS).encode("iso2022_jp")
-    table, pattern = jis_extensions()
-    runs = pattern.split(wide_kana(text).translate(CP932_TO_JIS))
-    kanji = {run: b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) for run in runs if run[:1] in table}
-    return b"".join(kanji.get(run) or run.encode("iso2022_jp") for run in runs)
+    table, out = jis_extensions(), []
+    for i, run in enumerate(re.split(f"([{''.join(table)}]+)", wide_kana(text).translate(CP932_TO_JIS))):
+        out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) if i % 2 else run.encode("iso2022_jp"))
+    return b"".join(out)
 
 
 def wide_kana(text: str) -> str:
-    """Return text with full-width kana for half-width ones."""
     import unicodedata
 
     marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
@@ -3302,54 +3070,45 @@ def wide_kana(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def jis_extensions() -> tuple:
-    """Return ({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13
-    and IBM's characters in rows 89 to 92, which JIS X 0208 does not have."""
+def jis_extensions() -> dict:
+    """Return {character: two octets} of NEC's row 13 and IBM's rows 89 to 92, as far as JIS X 0208 does not have it."""
     table: dict = {}
-    for row in (13, 89, 90, 91, 92):
-        for cell in range(1, 95):
-            octets = bytes((row + 0x20, cell + 0x20))
-            with contextlib.suppress(ValueError):  # unassigned
-                character = jis_bytes_to_text(octets)
-                if not character.encode("iso2022_jp", "ignore"):
-                    table.setdefault(character, octets)
-    return table, re.compile(f"([{''.join(table)}]+)")
+    for octets in map(bytes, itertools.product((0x2D, 0x79, 0x7A, 0x7B, 0x7C), range(0x21, 0x7F))):
+        with contextlib.suppress(ValueError):  # unassigned
+            character = jis_bytes_to_text(octets)
+            if not character.encode("iso2022_jp", "ignore"):
+                table.setdefault(character, octets)
+    return table
 
 
-CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+# Others are encoded by Python's codecs. Octets of an unknown charset stand in a string as Latin-1.
+CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis, "unknown-8bit": lambda text: text.encode("latin-1")}
 
 
-def complete_raw_message(
-    raw: ParsedMessage, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float
-) -> Message:
+def complete_raw_message(submission: Submission, trace: str, queueid: str, hostname: str, date: str) -> Message:
     """Complete a finished message: add trace and loop fields and required ones that are missing, remove Bcc. Its other
     octets stay as they are, unless no path can carry them; raise Rejected if nothing can be done about that."""
-    names = {name for name, _ in raw.fields}
+    body, names = submission.raw.body, {name for name, _ in submission.raw.fields}
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
-    head = [trace.encode() + b"\n", *(octets for name, octets in raw.fields if name not in dropped)]
-    author = sender or f"MAILER-DAEMON@{hostname}"
-    missing = {"From": f"<{author}>", "Date": rfc5322_date(int(now)), "Message-Id": f"<{queueid}.1@{hostname}>"}
-    head += [f"{name}: {value}\n".encode() for name, value in missing.items() if name.lower() not in names]
-    head.append(loop_field(loop, hostname).encode() + b"\n")
-    if not names & {"mime-version", "content-type", "content-transfer-encoding"}:
-        head.append(mime_label(raw.body))
-    octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
+    author = submission.mail or f"MAILER-DAEMON@{hostname}"
+    missing = {"From": f"<{author}>", "Date": date, "Message-Id": f"<{queueid}.1@{hostname}>"}
+    added = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
+    added.append(loop_field(submission.header.loop, hostname))
+    without_mime = not names & {"mime-version", "content-type", "content-transfer-encoding"}
+    if without_mime and not (body.isascii() and not UNSENDABLE.search(body)):
+        charset = "unknown-8bit"  # RFC 1428
+        if is_utf8(body):
+            charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
+        added += ["MIME-Version: 1.0", f"Content-Type: text/plain; charset={charset}"]
+        added.append("Content-Transfer-Encoding: 8bit")
+    head = [trace.encode() + b"\n", *(octets for name, octets in submission.raw.fields if name not in dropped)]
+    octets = b"".join([*head, "\n".join([*added, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
         octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
-
-
-def mime_label(body: bytes) -> bytes:
-    """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
-    if body.isascii() and not UNSENDABLE.search(body):
-        return b""
-    charset = "unknown-8bit"  # RFC 1428
-    if is_utf8(body):
-        charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
-    return f"MIME-Version: 1.0\nContent-Type: text/plain; charset={charset}\nContent-Transfer-Encoding: 8bit\n".encode()
 
 
 def non_ascii_fields(octets: bytes) -> list:
@@ -3362,38 +3121,40 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = Fal
     """Return the message with each part encoded where a path without 8BITMIME (RFC 6152 3) and SMTPUTF8 can't carry it;
     `keep_8bit` and `keep_utf8`: the path has them. What has no form in ASCII, such as an address, stays."""
     parts = list(mime_parts(octets))
-    octets = rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
+
+    def convert(part: MIMEPart, body: bytes) -> tuple:
+        header, charset = [], part.parameter("charset") or parts[0].parameter("charset")
+        for name, line in part.header:
+            sendable = line.isascii() or (keep_utf8 and is_utf8(line))
+            header.append((name, fold_long_lines(line if sendable else encode_field(name, line, charset))))
+        if not (part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body)):
+            return (set_encoding(header, "") if part.encoding == "8bit" and not keep_8bit else header), body
+        if part.encoding == "base64":
+            with contextlib.suppress(binascii.Error):
+                body = binascii.a2b_base64(body + b"===")
+        elif part.encoding == "quoted-printable":
+            body = binascii.a2b_qp(body)
+        if part.is_text and part.encoding != "base64":
+            # b2a_qp() writes line ends as the first line has them.
+            return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
+        return set_encoding(header, "base64"), base64_lines(body)[:-2]
+
+    octets = rewrite_parts(octets, parts, convert, keep_8bit)
     return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
-
-
-def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
-    """Return (fields, body) of a part as the path can carry it."""
-    header = []
-    charset = part.parameter("charset") or top.parameter("charset")
-    for name, octets in part.header:
-        sendable = octets.isascii() or (keep_utf8 and is_utf8(octets))
-        header.append((name, fold_long_lines(octets if sendable else encode_field(name, octets, charset))))
-    if part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body):
-        return encode_leaf(part, header, body)
-    if not keep_8bit and part.encoding == "8bit":
-        header = [item for item in header if item[0] != "content-transfer-encoding"]
-    return header, body
 
 
 def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
     or in an unknown one (RFC 1428). What can't be encoded, such as an address, stays."""
     label, _, value = octets.partition(b":")
-    value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
-    if value.isascii():
-        return label + b":" + value
-    label, known, tokens = label.decode("ascii").strip(), decode_octets(value, charset), []
-    encode = unknown_words if known is None else lambda piece: encoded_words(piece, "UTF-8", len(label) + 3)
-    text = " ".join(re.split(r"[\r\n]+[ \t]*", (known or value.decode("latin-1")).strip()))
+    label, text, known = label.decode("ascii").strip(), value.decode("latin-1"), "unknown-8bit"
+    for codec in (codec_name(iana_charset(charset)), "utf-8"):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            text, known = value.decode(codec), "UTF-8"
+    encode = functools.partial(encoded_words, charset=known, used=len(label) + 3)
+    text, tokens = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip())), []
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
-        if name in PARAMETER_FIELDS:
-            names = {found[1].lower() for found in PARAMETER.finditer(text)}
-            text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
+        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
         text = encode_phrases(text, encode) if name in MAILBOX_FIELDS else text
         text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
         tokens = text.split(" ") if name in MAILBOX_FIELDS else [text]
@@ -3403,60 +3164,24 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     return fold(f"{label}:", tokens).encode() + b"\r\n"
 
 
-def unknown_words(text: str) -> list:
-    """Return encoded words for octets of an unknown charset (RFC 1428), which stand in a string as Latin-1."""
-    pieces = re.findall(".{1,18}", text)
-    coded = [re.sub("[^A-Za-z0-9]", lambda found: f"={ord(found[0]):02X}", piece) for piece in pieces]
-    return [f"=?unknown-8bit?Q?{piece}?=" for piece in coded]
-
-
 def encode_phrases(text: str, encode: Callable) -> str:
     """Return an address list with the names of mailboxes and groups in encoded words where they are not ASCII."""
-    out, phrase = [], []  # phrase: the tokens since the last mark, address or comment
-    for found in ADDRESS_TOKEN.finditer(text):
-        if found.lastgroup in ("atom", "quoted", "blank"):
-            phrase.append(found[0])
-            continue
-        name = "".join(phrase)
-        if not name.isascii() and "@" not in name:
-            blank = " " * name[:1].isspace()
-            name = blank + " ".join(encode("".join(map(unquote, phrase)).strip()))
-            name += " " * (found[0][:1] in ("<", "("))
-        out += [name, found[0]]
-        phrase = []
-    return "".join(out)
+    out, kinds = [], ("atom", "quoted", "blank")
+    for is_phrase, run in itertools.groupby(ADDRESS_TOKEN.finditer(text), lambda found: found.lastgroup in kinds):
+        tokens = [found[0] for found in run]
+        phrase = "".join(tokens)
+        if is_phrase and not phrase.isascii() and "@" not in phrase:
+            phrase = " ".join(["", *encode("".join(map(unquote, tokens)).strip()), ""])  # blanks: RFC 2047 5
+        out.append(phrase)
+    return "".join(out).strip()
 
 
-def decode_octets(octets: bytes, charset: str) -> str | None:
-    """Decode octets of a header: UTF-8, else the charset; None if they are neither."""
-    for codec in ("utf-8", codec_name(iana_charset(charset))):
-        with contextlib.suppress(UnicodeDecodeError, LookupError):
-            return octets.decode(codec)
-    return None
-
-
-def _encode_parameter(names: set, found: re.Match) -> str:
+def _encode_parameter(found: re.Match) -> str:
     if found[0].isascii():
         return found[0]
-    if names & {f"{found[1].lower()}*", f"{found[1].lower()}*0*"}:
-        return ""  # the extended form says it already, and a name may come once
     if found[1].endswith("*") and found[2].lower().startswith("utf-8'"):
         return re.sub(r"[^\x00-\x7f]+", lambda octets: urllib.parse.quote(octets[0]), found[0])
     return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
-
-
-def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
-    """Return (fields, body) of a part in base64, or in quoted-printable if it is text (RFC 2045 6)."""
-    if part.encoding == "base64":
-        data = body.translate(None, NOT_BASE64)
-        data = data[: len(data) - (len(data) % 4 == 1)]
-        body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
-    elif part.encoding == "quoted-printable":
-        body = binascii.a2b_qp(body)
-    if part.is_text and part.encoding != "base64":
-        # b2a_qp() writes line ends as the first line has them.
-        return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
-    return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
 
 # ======================================================================================================================
@@ -3486,7 +3211,6 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 #    log has the lines about it.
 # ======================================================================================================================
 
-MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
 TLS_WRITES = {ssl.SSLWantReadError: False, ssl.SSLWantWriteError: True}  # TLS may have to read in order to write
 WOULD_BLOCK = (BlockingIOError, *TLS_WRITES)
 
@@ -3504,7 +3228,7 @@ class EventLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         self.tasks: set = set()  # asyncio itself holds weak references only
         self.sends: list = []  # AsyncSockets with something to send
-        self.set_default_executor(ThreadPoolExecutor(MAX_THREADS))
+        self.set_default_executor(ThreadPoolExecutor(256))  # a dead host holds 32, while sessions to it are opened
         self.set_exception_handler(log_task_fault)
 
     def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task:
@@ -3521,27 +3245,20 @@ class EventLoop(asyncio.SelectorEventLoop):
             sock.flush()
 
 
-# -- Limits shared by all processes of a server
-
-
 class RateState(NamedTuple):
-    """What a limiter answers: how long to wait (0: taken), what is left, and when all of it is back, in seconds."""
-
-    wait: float
+    wait: float  # seconds, 0 if it was taken
     remaining: int
-    reset: float
+    reset: float  # seconds until all of it is back
 
 
 class SharedLimits:
     """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
 
     A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
-    octet of a file without a name, so that the kernel gives back those of a process that died.
-    """
+    octet of a file without a name, so that the kernel gives back those of a process that died."""
 
     SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
-    MAX_SESSIONS = 1 << 16  # octets that one route may lock
-    TABLE_LOCK = 0  # octet locked while the table is read and written; the sessions' octets follow
+    MAX_SESSIONS = 1 << 16  # octets that one route may lock; the first octet is locked while the table is in use
 
     def __init__(self) -> None:
         self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
@@ -3553,64 +3270,43 @@ class SharedLimits:
         self.sessions: set = set()  # octets locked by this process; fcntl does not report a process's own locks
 
     def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
-        """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
-        another `block` seconds."""
-        with self.lock:
-            return self._take(key, count, rate, block, time.monotonic())
-
-    def _take(self, key: str, count: int, rate: Rate, block: int, now: float) -> RateState:
-        fingerprint, each = _fingerprint(key), rate.seconds / rate.limit
-        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
-        try:
-            cell = self._cell(fingerprint, now)
-            before = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
-            after = before + each * min(count, rate.limit)
-            wait = max(after - now - rate.seconds, 0.0)
-            wait = 0.0 if wait < 1e-6 else wait
-            if block and wait and before <= now + rate.seconds:  # it was not blocked yet
-                before, wait = now + rate.seconds + block - each, float(block)
-                self.cells[cell + 1] = int(before * 1e6)
-            if not wait:
-                self.cells[cell], self.cells[cell + 1] = fingerprint, int(after * 1e6)
-        finally:
-            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
-        used = (before if wait else after) - now
-        return RateState(wait, max(int((rate.seconds - used) / each + 1e-6), 0), used)
-
-    def _cell(self, fingerprint: int, now: float) -> int:
-        """Return the index of the key's cell: its own, else the one among its places that is free or due first."""
+        """Take `count` units, or none if there are not enough of them yet, and then none for `block` seconds more."""
+        fingerprint = hash(key) | 1  # not 0; the same in all processes that are forked
+        each, now = rate.seconds / rate.limit, time.monotonic()
         places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
-        own = [place for place in places if self.cells[place] == fingerprint]
-        return own[0] if own else min(places, key=lambda place: self.cells[place + 1])
+        with self.lock:
+            fcntl.lockf(self.file, fcntl.LOCK_EX, 1)
+            try:
+                # The key's own cell, else the one that is free or due first.
+                cell = min(places, key=lambda place: (self.cells[place] != fingerprint, self.cells[place + 1]))
+                arrival = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
+                wait = arrival + each * min(count, rate.limit) - now - rate.seconds
+                if wait < 1e-6:
+                    wait, arrival = 0.0, arrival + each * min(count, rate.limit)
+                elif block and arrival <= now + rate.seconds:  # it was not blocked yet
+                    wait, arrival = float(block), now + rate.seconds + block - each
+                self.cells[cell], self.cells[cell + 1] = fingerprint, round(arrival * 1e6)
+            finally:
+                fcntl.lockf(self.file, fcntl.LOCK_UN, 1)
+        return RateState(wait, max(int((now + rate.seconds - arrival) / each + 1e-6), 0), arrival - now)
 
     def open_session(self, key: str, limit: int) -> int:
         """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
-        first = 1 + _fingerprint(key) % (1 << 44) * self.MAX_SESSIONS
+        first = 1 + hash(key) % (1 << 44) * self.MAX_SESSIONS
         for octet in range(first, first + limit):
-            if octet not in self.sessions:
-                try:
+            with contextlib.suppress(OSError):
+                if octet not in self.sessions:
                     fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
-                except OSError:
-                    continue
-                self.sessions.add(octet)
-                return octet
+                    self.sessions.add(octet)
+                    return octet
         return 0
 
     def close_session(self, octet: int) -> None:
-        """Give back what open_session() gave."""
         self.sessions.discard(octet)
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
 
     def __del__(self) -> None:
         os.close(self.file) if isinstance(self.file, int) else self.file.close()
-
-
-@functools.lru_cache(maxsize=4096)
-def _fingerprint(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") | 1
-
-
-# -- Tasks and sockets
 
 
 def log_task_fault(_: Any, context: dict) -> None:
@@ -3625,10 +3321,7 @@ class AsyncSocket:
     """Non-blocking socket, plain or TLS, for which one task at a time waits; deadlines are monotonic times.
 
     It stays registered with the loop until an event finds nothing to do, and has one timer, set again when it fires:
-    so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused.
-    """
-
-    HIGH_WATER = 16  # buffers that may wait to be sent while the task goes on
+    so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused."""
 
     def __init__(self, sock: Any) -> None:
         self.sock, self.loop = sock, asyncio.get_running_loop()
@@ -3646,16 +3339,14 @@ class AsyncSocket:
         return self.wait_ready(deadline, operation=operation)
 
     async def sendall(self, octets: Any, deadline: float) -> None:
-        """Send octets in the next iteration: peers wake once for many, which saves a fifth of the CPU time.
-
-        Only much data is waited for: if little can't be sent, the next recv() tells why.
-        """
+        """Send octets in the next iteration: peers wake once for many, which saves a fifth of the CPU time. Only much
+        data is waited for: if little can't be sent, the next recv() tells why."""
         if not self.outbox:
             if not self.loop.sends:
                 self.loop.call_soon(self.loop.flush_sends)
             self.loop.sends.append(self)
         self.outbox.append(octets)
-        if len(octets) > LARGE or len(self.outbox) > self.HIGH_WATER:
+        if len(octets) > LARGE or len(self.outbox) > 16:
             await self.drain(deadline)
 
     async def drain(self, deadline: float) -> None:
@@ -3670,9 +3361,8 @@ class AsyncSocket:
         """Send what waits, or what the kernel takes of it; the rest follows at the next event."""
         try:
             while self.outbox:
-                octets = self.outbox[0]
-                sent = self.sock.send(octets)
-                self.outbox[:1] = [memoryview(octets)[sent:]] if sent < len(octets) else []
+                sent = self.sock.send(self.outbox[0])
+                self.outbox[:1] = [memoryview(self.outbox[0])[sent:]] if sent < len(self.outbox[0]) else []
         except WOULD_BLOCK as error:
             self.flush_writing = TLS_WRITES.get(type(error), True)
             self._watch(self.flush_writing)
@@ -3692,8 +3382,6 @@ class AsyncSocket:
 
     def wait_ready(self, deadline: float, writing: bool = False, operation: Callable = bool) -> asyncio.Future:
         """Wait until the socket can be read (or written) and the operation does not block; to be awaited."""
-        if self.future and not self.future.done():
-            raise RuntimeError("two tasks wait for one socket")
         if deadline <= time.monotonic():
             raise socket.timeout("timed out")
         if not self.watched[writing]:
@@ -3701,7 +3389,7 @@ class AsyncSocket:
         self.future, self.operation = self.loop.create_future(), operation
         self.deadline, self.writing = deadline, writing
         if deadline < self.alarm:
-            self._set_timer(deadline)
+            self._set_timer()
         return self.future
 
     def _watch(self, writing: bool, on: bool = True) -> None:
@@ -3726,17 +3414,14 @@ class AsyncSocket:
         elif not flushes:
             self._watch(writing, on=False)
 
-    def _set_timer(self, alarm: float) -> None:
+    def _set_timer(self) -> None:
+        """End a wait whose deadline has passed; call again at that of one which has not."""
+        if self.deadline <= time.monotonic():
+            self.abort(socket.timeout("timed out"))
         if self.timer:
             self.timer.cancel()
-        self.alarm, self.timer = alarm, self.loop.call_at(alarm, self._expire) if alarm < math.inf else None
-
-    def _expire(self) -> None:
-        late = self.deadline <= time.monotonic()  # or it was set for an earlier wait
-        waiting = self.future and not self.future.done()
-        self._set_timer(self.deadline if waiting and not late else math.inf)
-        if late:
-            self.abort(socket.timeout("timed out"))
+        self.alarm = self.deadline if self.future and not self.future.done() else math.inf
+        self.timer = self.loop.call_at(self.alarm, self._set_timer) if self.alarm < math.inf else None
 
     def abort(self, error: Exception) -> bool:
         """Raise an exception in the task that waits; False if none does."""
@@ -3750,7 +3435,7 @@ class AsyncSocket:
         self.abort(ConnectionAbortedError("closed"))
         self._watch(False, on=False)
         self._watch(True, on=False)
-        self._set_timer(math.inf)
+        self._set_timer()
 
     def close(self) -> None:
         self.release()
@@ -3765,22 +3450,16 @@ class AsyncSocket:
 # ======================================================================================================================
 
 random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
 NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
-RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
-RESOLV_CONF = "/etc/resolv.conf"
-MAX_NAME = 253  # characters
-MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
+TRUNCATED = 16  # none of them: the message is not complete, or has too many records
+RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
-MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
 
 
 class DNSAnswer(NamedTuple):
-    """The values of a name's records of one type."""
-
     code: int  # NOERROR, NXDOMAIN, or SERVFAIL if no name server gave an answer
     values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty if there is no such record
     why: str = ""  # the reason for SERVFAIL
@@ -3791,15 +3470,6 @@ class ResourceRecord(NamedTuple):
     rtype: int  # 0 if malformed or of another class
     ttl: int  # seconds
     value: Any  # as in DNSAnswer; CNAME: name; SOA: seconds for which a negative answer may be cached
-
-
-class DNSMessage(NamedTuple):
-    """One response of a name server."""
-
-    code: int
-    truncated: bool = False
-    answers: Any = ()  # of ResourceRecord
-    authority: Any = ()
 
 
 class TTLCache:
@@ -3833,7 +3503,6 @@ async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -
 
 
 def error_text(error: Exception) -> str:
-    """Describe an exception, for a reply."""
     return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
@@ -3845,8 +3514,7 @@ class Resolver:
     MAX_TTL = 86400  # seconds
 
     def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
-        self.nameservers = nameservers
-        self.cache, self.calls = TTLCache(4096, clock), {}
+        self.nameservers, self.cache, self.calls = nameservers, TTLCache(4096, clock), {}
 
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
@@ -3857,83 +3525,71 @@ class Resolver:
             self.cache.put(key, answer, ttl)
         return answer
 
-    def servers(self) -> tuple:
-        """Return (address, port) of each name server in the order in which they are asked."""
-        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
-
     async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
         """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
         ttl = self.MAX_TTL
         for _ in range(MAX_ALIASES + 1):
-            response = await self._query(name, rtype, deadline)
-            if isinstance(response, str):
-                return DNSAnswer(SERVFAIL, (), response), 0
-            own = [record for record in response.answers if record.name == name and record.rtype in (rtype, CNAME)]
+            code, records, why = await self._query(name, rtype, deadline)
+            own = [record for record in records if record.name == name and record.rtype in (rtype, CNAME)]
             found = tuple(record.value for record in own if record.rtype == rtype)
             if not own:
-                negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
-                return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
+                negative = [min(record.ttl, record.value) for record in records if record.rtype == SOA]
+                return DNSAnswer(code, (), why), min([ttl, *negative]) if negative else 0  # RFC 2308 5
             ttl = min([ttl, *[record.ttl for record in own]])
             if found:
                 return DNSAnswer(NOERROR, found), ttl
             name = own[0].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
-    async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
-        """Return the first positive or negative answer, or the reason why there is none."""
-        if len(name) > MAX_NAME:
-            return DNSMessage(NXDOMAIN)
-        why = "no name server is known"
-        for server in self.servers() * self.ATTEMPTS:
+    async def _query(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (code, [ResourceRecord, ...], "") of the first positive or negative answer; or (SERVFAIL, [], why)."""
+        if len(name) > 253:  # RFC 1035 2.3.4
+            return NXDOMAIN, [], ""
+        servers = tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers("/etc/resolv.conf")
+        for server in servers * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
             question = int(random_unit() * 65536), name, rtype
             try:
-                response = await query_udp(server, question, until)
-                if response.truncated:  # RFC 7766 5
-                    response = await query_tcp(server, question, until)
-                if response.code in (NOERROR, NXDOMAIN):
-                    return response
-                why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
+                code, records = await query_udp(server, question, until)
+                if code == TRUNCATED:  # RFC 7766 5
+                    code, records = await query_tcp(server, question, until)
+                if code in (NOERROR, NXDOMAIN):
+                    return code, records, ""
+                why = f"{server[0]} answers {RCODES.get(code, code)}"
             except (OSError, ValueError) as error:
                 why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
-        return why
+        return SERVFAIL, [], why
 
 
 def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
-    try:
-        with open(path, encoding="ascii", errors="replace") as stream:
-            named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
-    except OSError:
-        named = []
-    endpoints = [endpoint for endpoint in map(name_server_endpoint, named) if endpoint]
-    return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
+    text = ""
+    with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as stream:
+        text = stream.read()
+    endpoints = map(name_server_endpoint, re.findall(r"(?m)^nameserver[ \t]+(\S+)", text))
+    return tuple(filter(None, endpoints))[:3] or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, question: tuple, until: float) -> DNSMessage:
+async def query_udp(server: tuple, question: tuple, until: float) -> tuple:
     """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
     sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
     with contextlib.closing(AsyncSocket(sock)) as sock:
         await sock.sendall(build_query(*question), until)
-        for _ in range(MAX_STRAY_DATAGRAMS):
-            octets = await sock.recv(65535, until)
-            try:
-                return parse_response(octets, *question)
-            except ValueError:  # forged, late or garbled: the real answer may still come
-                pass
+        for _ in range(64):  # a forger may not guess for as long as he likes
+            with contextlib.suppress(ValueError):  # forged, late or garbled: the real answer may still come
+                return parse_response(await sock.recv(65535, until), *question)
         raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
+async def query_tcp(server: tuple, question: tuple, until: float) -> tuple:
     """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
-    query = build_query(*question)
+    query, octets = build_query(*question), b""
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(query).to_bytes(2, "big") + query, until)
-        octets = b""
-        while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
+        while len(octets) < 2 + int.from_bytes(octets[:2], "big"):
             more = await sock.recv(65537 - len(octets), until)
             if not more:
                 raise ConnectionError("closed within an answer")
@@ -3944,43 +3600,37 @@ async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
 def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Return a non-blocking socket that is being connected to (IP address, port)."""
     sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, kind)
-    try:
-        sock.setblocking(False)
-        sock.connect(address)
-    except BlockingIOError:
-        pass
-    except OSError:
+    sock.setblocking(False)
+    code = sock.connect_ex(address)
+    if code not in (0, errno.EINPROGRESS):
         sock.close()
-        raise
+        raise OSError(code, os.strerror(code))
     return sock
 
 
 def build_query(number: int, name: str, rtype: int) -> bytes:
     """Return a query to a recursive server (RFC 1035 4.1)."""
-    labels = [label.encode("ascii") for label in name.split(".")] if name else []
-    qname = b"".join([bytes((len(label),)) + label for label in labels])
-    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + qname + b"\0" + struct.pack(">HH", rtype, 1)
+    labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
+    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + b"".join([*labels, b"\0"]) + struct.pack(">HH", rtype, 1)
 
 
-def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
-    """Parse the response to that query; ValueError if it answers another one or is malformed."""
+def parse_response(octets: bytes, number: int, name: str, rtype: int) -> tuple:
+    """Return (code, ResourceRecords) of the response to that query; ValueError if it answers another one or is none."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        code, (qname, at) = flags & 15, read_name(octets, 12)
-        if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
+        qname, at = read_name(octets, 12)
+        question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
+        if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
-        if struct.unpack_from(">HH", octets, at) != (rtype, 1):
-            raise ValueError("an answer to another query")
-        truncated = bool(flags & 0x0200)
-        if truncated or answers + authority > MAX_RECORDS:
-            return DNSMessage(code if truncated else SERVFAIL, truncated)
+        if flags & 0x0200 or answers + authority > MAX_RECORDS:
+            return TRUNCATED, []
         records, at = [], at + 4
         for _ in range(answers + authority):
             record, at = read_record(octets, at)
             records.append(record)
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
-    return DNSMessage(code, False, records[:answers], records[answers:])
+    return flags & 15, records
 
 
 def read_record(octets: bytes, at: int) -> tuple:
@@ -3999,80 +3649,61 @@ def read_record(octets: bytes, at: int) -> tuple:
     elif rtype == MX:
         value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
     elif rtype == TXT:
-        value = read_text(data)
+        stream = io.BytesIO(data)
+        strings = [stream.read(length) for (length,) in iter(lambda: stream.read(1), b"")]
+        value = b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
     elif rtype == SOA:
         value = int.from_bytes(data[-4:], "big")
-    if rclass != 1 or value is None:
-        rtype = 0
-    return ResourceRecord(name, rtype, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+    known = rclass == 1 and value is not None
+    return ResourceRecord(name, rtype if known else 0, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
 
 
 def read_name(octets: bytes, at: int) -> tuple:
     """Return (name in lower case without a final dot, offset behind it). RFC 1035 4.1.4"""
-    labels, after, jumps = [], 0, 0
-    while octets[at]:
+    labels, after = [], 0
+    for _ in range(255):  # labels and pointers, which could make an endless loop
         length = octets[at]
+        if not length:
+            return ".".join(labels), after or at + 1
         if length >= 0xC0:
-            after, jumps = after or at + 2, jumps + 1
-            target = int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
-            if target >= at or jumps > MAX_POINTERS:  # a pointer goes back, so there is no endless loop
-                raise ValueError("bad compression pointer")
-            at = target
+            after, at = after or at + 2, int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
             continue
         label = octets[at + 1 : at + 1 + length]
         if length > 63 or len(label) < length:
             raise ValueError("bad label")
         labels.append(label.decode("latin-1").lower().replace(".", "\\."))
         at += 1 + length
-        if len(labels) > MAX_POINTERS:
-            raise ValueError("name too long")
-    return ".".join(labels), after or at + 1
-
-
-def read_text(data: bytes) -> str:
-    """Return the strings of a TXT record, concatenated (RFC 7208 3.3)."""
-    parts, at = [], 0
-    while at < len(data):
-        parts.append(data[at + 1 : at + 1 + data[at]])
-        at += 1 + data[at]
-    return b"".join(parts).decode("utf-8", "replace")
+    raise ValueError("name too long")
 
 
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
-    """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
+    """Return a domain's mail hosts, best first, none behind this host (RFC 5321 5.1); Rejected if there are none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
     answer = await resolver.lookup(domain, MX, deadline)
-    hosts = by_preference(answer.values, hostname, random_unit) if answer.values else [domain]
+    own = min([preference for preference, host in answer.values if host == hostname.lower()], default=1 << 16)
+    ranked = sorted((preference, random_unit(), host) for preference, host in answer.values if preference < own)
+    hosts = list(dict.fromkeys(host for _, _, host in ranked if DOMAIN.fullmatch(host)))
     null = answer.values and not any(host for _, host in answer.values)
     slug = {SERVFAIL: "dns", NXDOMAIN: "no-domain"}.get(answer.code) or ("null-mx" if null else "mx-loop")
-    if answer.code != NOERROR or not hosts:
+    if answer.code != NOERROR or (answer.values and not hosts):
         raise Rejected(make_reply(slug, f"{domain}: {answer.why}" if answer.why else domain, mailer="MX"))
-    return hosts
-
-
-def by_preference(values: tuple, hostname: str, rng: Callable) -> list:
-    """Return host names, equal ones in random order, without this host and those behind it (RFC 5321 5.1)."""
-    own = min([preference for preference, host in values if host == hostname.lower()], default=1 << 16)
-    usable = [(preference, rng(), host) for preference, host in values if preference < own and DOMAIN.fullmatch(host)]
-    return list(dict.fromkeys(host for _, _, host in sorted(usable)))
+    return hosts or [domain]
 
 
 async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
     """Return a host's IP addresses, only public ones unless `private`; Rejected if it has none."""
     try:
-        found = [str(ipaddress.ip_address(host))]
+        found, failure = [str(ipaddress.ip_address(host))], ""
     except ValueError:
         # IPv4 first: large receivers demand more of senders that use IPv6.
         both = [await resolver.lookup(host, rtype, deadline) for rtype in (A, AAAA)]
-        found = [value for answer in both for value in answer.values]
-        if not found and SERVFAIL in (both[0].code, both[1].code):
-            why = both[0].why or both[1].why
-            raise Rejected(make_reply("dns", f"{host}: {why}", mailer="MX")) from None
+        found, failure = [*both[0].values, *both[1].values], both[0].why or both[1].why
     usable = [address for address in found if private or is_public(address)]
     if not usable:
-        why = f"{host}: {found[0]} is not a public address" if found else f"{host}: no address"
-        raise Rejected(make_reply("no-address", why, mailer="MX"))
+        why = f"{found[0]} is not a public address" if found else failure or "no address"
+        slug = "dns" if failure and not found else "no-address"
+        raise Rejected(make_reply(slug, f"{host}: {why}", mailer="MX"))
     return usable
 
 
@@ -4080,7 +3711,7 @@ def is_public(text: str) -> bool:
     """Return whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
     address = ipaddress.ip_address(text)
     address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
-    if address in NAT64:
+    if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
         address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.is_global and not address.is_multicast and not getattr(address, "is_site_local", False)
 
@@ -4096,73 +3727,47 @@ class Connector:
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
         """Connect to the address of a host that answers first, by the deadline (RFC 8305)."""
-        addresses = self.in_order([(address, port) for address in self.look_up(host, deadline)])
-        attempts: dict = {}  # file descriptor: (socket, address)
-        poll, error = select.poll(), socket.timeout("timed out")
+        addresses, turns = [(address, port) for address in self.look_up(host, deadline)], defaultdict(itertools.count)
+        # The families take turns; what failed lately is last.
+        addresses.sort(key=lambda address: (self.failed_lately(address), next(turns[":" in address[0]])))
+        selector, tried, error = selectors.PollSelector(), [], socket.timeout("timed out")
         try:
-            while (addresses or attempts) and (seconds := deadline - time.monotonic()) > 0:
-                if addresses and (failure := self._start(addresses.pop(0), attempts, poll)):
-                    error = failure
-                    continue
-                for descriptor, _ in poll.poll(1000 * (min(seconds, self.DELAY) if addresses else seconds)):
-                    poll.unregister(descriptor)
-                    sock, address = attempts.pop(descriptor)
-                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            while (addresses or selector.get_map()) and (seconds := deadline - time.monotonic()) > 0:
+                if addresses:
+                    tried.append(addresses.pop(0))
+                    try:
+                        selector.register(start_connect(tried[-1]), selectors.EVENT_WRITE, tried[-1])
+                    except OSError as failure:  # as when this kernel has no IPv6
+                        error = failure
+                        continue
+                for key, _ in selector.select(min(seconds, self.DELAY) if addresses else seconds):
+                    selector.unregister(key.fileobj)
+                    code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if not code:
-                        self.failed.pop(address, None)
-                        sock.setblocking(True)
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                        return sock
-                    sock.close()
-                    error = self._failed(address, OSError(code, os.strerror(code)))
+                        tried.remove(key.data)
+                        self.failed.pop(key.data, None)
+                        key.fileobj.setblocking(True)
+                        key.fileobj.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                        return key.fileobj
+                    key.fileobj.close()
+                    error = OSError(code, os.strerror(code))
         finally:
-            for sock, address in attempts.values():
-                sock.close()
-                self._failed(address)
+            for key in selector.get_map().values():
+                key.fileobj.close()
+            if len(self.failed) > 1024:
+                self.failed.clear()
+            self.failed.update(dict.fromkeys(tried, time.monotonic() + self.FAILED_TTL))
         raise error
-
-    def in_order(self, addresses: list) -> list:
-        """Return the addresses with their families in turn, those that failed lately last."""
-        families: dict = {4: 0, 6: 0}
-        ranked = []
-        for address in addresses:
-            version = ipaddress.ip_address(address[0]).version
-            families[version] += 1
-            ranked.append((self.failed_lately(address), families[version], len(ranked), address))
-        return [address for *_, address in sorted(ranked)]
-
-    def _start(self, address: tuple, attempts: dict, poll: Any) -> OSError | None:
-        """Begin to connect; return why that cannot be."""
-        try:
-            sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            code = sock.connect_ex(address)
-        except OSError as failure:  # this kernel has no IPv6
-            return self._failed(address, failure)
-        if code not in (0, errno.EINPROGRESS):
-            sock.close()
-            return self._failed(address, OSError(code, os.strerror(code)))
-        attempts[sock.fileno()] = sock, address
-        poll.register(sock, select.POLLOUT)
-        return None
-
-    def _failed(self, address: tuple, failure: Any = None) -> Any:
-        """Have an address tried last for a while; return the failure."""
-        if len(self.failed) > 1024:
-            self.failed.clear()
-        self.failed[address] = time.monotonic() + self.FAILED_TTL
-        return failure
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
 
     def look_up(self, host: str, deadline: float) -> list:
-        """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
-        thread of its own, as it takes no deadline."""
+        """Return a host's IP addresses, or those that stand in its place, divided by spaces."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
         future: concurrent.futures.Future = concurrent.futures.Future()
-        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()  # it takes no deadline
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -5321,10 +4926,9 @@ ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
 MAX_REPLACEMENTS = 8  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
-TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
-GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
-GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
-DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
+DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
+DECODERS.update(B=binascii.a2b_base64, Q=functools.partial(binascii.a2b_qp, header=True))  # RFC 2047 4
+API_LIMIT = re.compile(r"(TooManyRequests|Throttling|SendingPaused|\w*LimitExceeded)(Exception)?")  # errors that pass
 ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
 
@@ -5346,29 +4950,26 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
 
 async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
     """Return a Reply for each recipient from the first route of a list that does not fail before the text is sent."""
-    now, pauses, waiting = time.monotonic(), transport.route_pauses, list(range(len(transaction.recipients)))
-    replies: list = [None] * len(waiting)
-    routes = transaction.route.choices
+    now, pauses, routes = time.monotonic(), transport.route_pauses, transaction.route.choices
+    replies, waiting, tried = {}, transaction.recipients, None
     for route in [one for one in routes if pauses.get(one, 0) <= now] or routes:
         if route in pauses:
             pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
-        recipients, failed = tuple(transaction.recipients[i] for i in waiting), {}
-        part = transaction._replace(route=route, recipients=recipients)
-        for i, reply in zip(waiting, await attempt_route(part, transport)):
-            failed.update({i: reply} if try_next_route(reply) else {})
-            before = replies[i] and " ".join(filter(None, (replies[i].fallback, replies[i].relay)))
-            replies[i] = reply._replace(fallback=before)
-        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
+        found = await attempt_route(transaction._replace(route=route, recipients=waiting), transport)
+        replies.update({to: reply._replace(fallback=tried) for to, reply in zip(waiting, found)})
+        failed = [reply for reply in found if try_next_route(reply)]
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed):
             pauses[route] = time.monotonic() + ROUTE_PAUSE
         else:
             pauses.pop(route, None)
-        waiting = list(failed)
-        if not waiting:
+        if not failed:
             break
-        for reply in dict.fromkeys(failed.values()):
+        for reply in dict.fromkeys(failed):
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
-    return replies
+        waiting = tuple(to for to in waiting if try_next_route(replies[to]))
+        tried = " ".join(filter(None, (tried, failed[0].relay)))
+    return [replies[to] for to in transaction.recipients]
 
 
 def try_next_route(reply: Reply) -> bool:
@@ -5396,40 +4997,32 @@ async def attempt_route(transaction: Transaction, transport: TransportContext) -
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SMTP to the route's host. A reused session that dies or replies 4xx before the message is replaced, by
-    a new one if the server takes another."""
+    """Deliver by SMTP to the route's host. A reused session that dies or replies 4xx before the message is replaced."""
+    recipients, replies = transaction.recipients, {}
     session, reused = transport.acquire_idle(transaction.route, transaction.hostname), True
-    if not session:
-        session, reused = await transport.acquire(transaction.route, transaction.hostname)
-    replies = await transact_by(session, transaction, transport)
-    again = list(range(len(replies)))
-    for _ in range(MAX_REPLACEMENTS):
-        again = [i for i in again if reused and session.refused_before_data(replies[i])]
+    for _ in range(1 + MAX_REPLACEMENTS):
+        try:
+            if not session:
+                session, reused = await transport.acquire(transaction.route, transaction.hostname)
+        except Rejected as refused:
+            replies.update(dict.fromkeys(transaction.recipients, refused.reply))
+            break
+        try:
+            found = await session.transact(transaction)
+            for reply in found:
+                if reply.code in THROTTLED:
+                    session.pool.slow_down(reply)
+        except BaseException:
+            session.alive = False
+            raise
+        finally:
+            transport.release(session)
+        replies.update(zip(transaction.recipients, found))
+        again = reused and [to for to in transaction.recipients if session.refused_before_data(replies[to])]
         if not again:
             break
-        recipients = tuple(transaction.recipients[i] for i in again)
-        try:
-            session, reused = await transport.acquire(transaction.route, transaction.hostname)
-            found = await transact_by(session, transaction._replace(recipients=recipients), transport)
-        except Rejected as refused:
-            found, reused = [refused.reply] * len(again), False
-        for i, reply in zip(again, found):
-            replies[i] = reply
-    return replies
-
-
-async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
-    try:
-        replies = await session.transact(transaction)
-        for reply in replies:
-            if reply.code in THROTTLED:
-                session.pool.slow_down(reply)
-        return replies
-    except BaseException:
-        session.alive = False
-        raise
-    finally:
-        transport.release(session)
+        transaction, session = transaction._replace(recipients=tuple(again)), None
+    return [replies[to] for to in recipients]
 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
@@ -5450,14 +5043,16 @@ async def relay_mx(transaction: Transaction, transport: TransportContext) -> lis
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
     """Return {recipient: Reply} from the first host that works; raise Rejected if the domain has no host."""
     route, waiting, attempts = transaction.route, transaction.recipients, 0
-    hosts = await mx_hosts(domain, transport.resolver, transaction.hostname, time.monotonic() + route.timeout)
-    policy = await transport.mta_sts.policy_for(domain, route)
+    hosts, policy = await admitted_hosts(domain, route, transaction.hostname, transport)
     replies: dict = {}
-    for host in admitted_hosts(hosts, policy):
+    for host in hosts:
         for hop in await next_hops(host, route, policy, transport.resolver):
             answers = [hop] * len(waiting)
             if isinstance(hop, Route):
-                answers = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
+                part = transaction._replace(route=hop, recipients=waiting)
+                answers = await relay_esmtp(part, transport)
+                if hop.tls_if_offered and all(reply.command == "STARTTLS" for reply in answers):
+                    answers = await relay_esmtp(part._replace(route=replace(hop, tls_if_offered=False)), transport)
             for recipient, reply in zip(waiting, answers):
                 if recipient not in replies or reply.temporary or not try_next_host(reply):
                     replies[recipient] = reply
@@ -5467,40 +5062,27 @@ async def deliver_to_domain(domain: str, transaction: Transaction, transport: Tr
     return replies
 
 
-def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
-    """Return the hosts that the domain's MTA-STS policy allows; raise Rejected if there is none."""
+async def admitted_hosts(domain: str, route: Route, hostname: str, transport: TransportContext) -> tuple:
+    """Return (hosts of a domain, its MTA-STS policy, which admits them); raise Rejected if there is none."""
+    hosts = await mx_hosts(domain, transport.resolver, hostname, time.monotonic() + route.timeout)
+    policy = await transport.mta_sts.policy_for(domain, route)
     admitted = [host for host in hosts if not policy or policy.allows(host)]
     if not admitted:
         raise Rejected(make_reply("mta-sts", *hosts, mailer="MX"))
-    return admitted
+    return admitted, policy
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """Return a Route to each address of the host, and to those behind it if it does not answer; or the one Reply that
-    says why there is none."""
+    """Return a Route to each address of the host and, behind it, to the others; or the Reply that says why not."""
     try:
         addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as rejected:
         return [rejected.reply]
-    hop = replace(route, host=host)
+    tls = {} if route.starttls else {"tls_if_offered": True, "tls_verify": False}  # RFC 7435: better than clear text
     if policy and policy.mode == "enforce":
-        hop = replace(hop, starttls=True, tls_verify=True)
-    elif not route.starttls:
-        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
+        tls = {"starttls": True, "tls_verify": True}
     addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
-    return [replace(hop, address=" ".join(addresses[i:])) for i in range(len(addresses))]
-
-
-async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
-    """Return a Reply for each recipient from one address; falls back to clear text if opportunistic TLS fails."""
-    try:
-        return await relay_esmtp(transaction, transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    if reply.command == "STARTTLS" and transaction.route.tls_if_offered:
-        clear = replace(transaction.route, tls_if_offered=False)
-        return await deliver_to_host(transaction._replace(route=clear), transport)
-    return [reply] * len(transaction.recipients)
+    return [replace(route, host=host, address=" ".join(addresses[i:]), **tls) for i in range(len(addresses))]
 
 
 def try_next_host(reply: Reply) -> bool:
@@ -5509,19 +5091,16 @@ def try_next_host(reply: Reply) -> bool:
 
 
 async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
-    """Save the message in the route's folder."""
     return [await asyncio.to_thread(save_message, transaction)] * len(transaction.recipients)
 
 
 def save_message(transaction: Transaction) -> Reply:
     """Write the message aside, sync it, then rename it: it is there completely or not at all."""
-    import tempfile
-
     folder = transaction.route.folder
     name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
-    path = os.path.join(folder, name)
+    path, aside = os.path.join(folder, name), os.path.join(folder, f".{name}")
     try:
-        handle, aside = tempfile.mkstemp(prefix=".haineko.", dir=folder)  # mode 0600
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(handle, "wb") as stream:
                 stream.write(transaction.octets())
@@ -5542,46 +5121,37 @@ def save_message(transaction: Transaction) -> Reply:
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
-    """Print the message on stderr."""
-    printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
-    reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
-    return [reply._replace(mailer="Screen")] * len(transaction.recipients)
-
-
-def screen_text(transaction: Transaction) -> bytes:
-    """Return the message with controls escaped, and marked so that no line of it can pass for one of the log."""
-    rule = f"{transaction.queueid}.{transaction.number} from <{transaction.sender}> to"
-    rule = f"--- {rule} <{'>, <'.join(transaction.recipients)}>"
+    """Print the message, with controls escaped, and marked so that no line of it can pass for one of the log."""
+    people = f"from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
-    escape = functools.partial(SCREEN_UNSAFE.sub, lambda found: ascii(found[0])[1:-1])
-    return "\n".join([escape(rule), *[f"| {escape(line)}" for line in text.split("\n")], "---\n"]).encode()
+    lines = [f"--- {transaction.queueid}.{transaction.number} {people}", *(f"| {line}" for line in text.split("\n"))]
+    lines = [SCREEN_UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines]
+    reply = make_reply("done", word="Printed", mailer="Screen")
+    if not log.write_bytes("\n".join([*lines, "---\n"]).encode()):
+        reply = make_reply("file", "stderr cannot be written", mailer="Screen")
+    return [reply] * len(transaction.recipients)
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver to nobody."""
     return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. http_accepted() and http_failure() hold what the responses of their APIs have in common.
-
-
-def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
-    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
-    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
-
-    async def relay(transaction: Transaction, transport: TransportContext) -> list:
-        replies: list = []
-        for start in range(0, len(transaction.recipients), max_recipients):
-            part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
-            try:
-                call = await asyncio.to_thread(make_request, part)
-                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
-            except Rejected as refused:
-                found = refused.reply
-            replies += found if isinstance(found, list) else [found] * len(part.recipients)
-        return replies
-
-    return relay
+async def relay_http(make_request: Callable, read_replies: Callable, transaction: Transaction, transport: Any) -> list:
+    """Post make_request(transaction), an HTTPRequest, which raises ValueError if the API can't express the message.
+    read_replies(transaction, response) returns the replies. An access token that is refused is replaced once."""
+    for again in (True, False):
+        login = await transport.tokens.authorize(transaction.route)
+        try:
+            call = await asyncio.to_thread(make_request, transaction._replace(route=login))
+        except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
+            raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
+        response = await transport.http.request(HTTPTarget.of_route(login), call)
+        token = login.credentials[1] if login.oauth2 else ""
+        if not (again and token and response.status == 401 and transport.tokens.drop(login, token)):
+            break
+    if token:
+        response = response._replace(body=response.body.replace(token.encode(), b"********"))
+    return read_replies(transaction, response)
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
@@ -5603,38 +5173,36 @@ def basic_auth_header(login: tuple) -> tuple:
 
 def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
-    listed, body = parse_message(octets)
-    lines = {name: unfold(value) for name, value in listed}
+    fields, body = parse_message(octets)
+    lines = {name: unfold(value) for name, value in fields}
     charset = lines["content-type"].rpartition("charset=")[2]
-    header = {"from": format_mailboxes(lines["from"]), "subject": decode_encoded_words(lines["subject"])}
-    if "reply-to" in lines:
-        header["replyto"] = format_mailboxes(lines["reply-to"])
     *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+    header = {"subject": decode_encoded_words(lines["subject"]), "charset": charset, "x-haineko-loop": passed}
+    header.update({key.replace("-", ""): format_mailboxes(lines[key]) for key in ("from", "reply-to") if key in lines})
+    text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
     document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
-    document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
-    submission = parse_submission(encode_json(document)).submission
+    submission = parse_submission(encode_json({**document, "header": header})).submission
+    if not (submission and transaction.sender):
+        raise ValueError("compose() could not make it")
     now = parsedate_to_datetime(lines["date"]).timestamp()
-    again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
-    composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
-    if not composed or composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+    composed = compose(submission, transaction.queueid, None, hostname, now)
+    composed = composed.copy(transaction.recipients[0], transaction.number)
+    if composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
         raise ValueError("compose() would make another message")
-    document["header"]["x-haineko-loop"] = [*passed, hostname]
-    return {**document, "ehlo": hostname}
+    return {**document, "header": {**header, "x-haineko-loop": [*passed, hostname]}, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """Return a Reply for each recipient from the far end's items; one without recipient is meant for all."""
-    route = transaction.route
-    replies = {address_key(item.get("rcpt")): haineko_reply(route, response, item) for item in haineko_items(response)}
-    missing = replies.get(None) or http_failure(route, response, None)
-    return [replies.get(address_key(to), missing) for to in transaction.recipients]
+    items = items_by_address(json_object(response).get("response"), "rcpt")
+    found = [items.get(address_key(to)) or items.get(None, {}) for to in transaction.recipients]
+    return [haineko_reply(transaction.route, response, item) for item in found]
 
 
-def haineko_items(response: HTTPResponse) -> list:
-    """Return the items of the far end's answer; none if it has another form."""
-    items = json_object(response).get("response")
-    return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else []
+def items_by_address(items: Any, key: str) -> dict:
+    """Return {address_key: item} of the objects in a list that an API should have given."""
+    items = items if isinstance(items, list) else []
+    return {address_key(item.get(key)): item for item in items if isinstance(item, dict)}
 
 
 def address_key(given: Any) -> Any:
@@ -5646,72 +5214,57 @@ def address_key(given: Any) -> Any:
 def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     """Return an item of the far end as a Reply; the Perl version reports a relayed mail with the reply to QUIT."""
     code, dsn, lines = str(item.get("code")), item.get("dsn"), item.get("message")
-    lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
-        return http_failure(route, response, None)
+        return http_failure(route, response)
     if code[0] == "2" and response.status not in (200, 202, 207):  # something on the way changed one of the two
-        return http_failure(route, response, None)._replace(maybe_delivered=True)
+        return http_failure(route, response)._replace(maybe_delivered=True)
+    lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
+    lines = [sanitize(str(line), 500) for line in lines][:20] or [status_text(response)]
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    message = sanitize_lines(lines) or (status_text(response),)
+    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
+    if reply.accepted:
+        return reply
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
-    more = {"maybe_delivered": maybe_delivered, "route_fault": response.status == 401}
-    more["retry_after"] = 0 if code[0] == "2" else parse_retry_after(response)
-    return Reply(code, dsn, command, message, **route.endpoint, **more)
+    wait, route_fault = parse_retry_after(response), response.status == 401
+    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=route_fault)
 
 
 def bearer_header(route: Route) -> tuple:
-    """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
 
 
-def sendgrid_errors(response: HTTPResponse) -> list | None:
-    """Return the error messages in a response; None if it has none."""
-    errors = json_object(response).get("errors")
-    if not (isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors)):
-        return None
-    return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
-
-
 def sendgrid_request(transaction: Transaction) -> HTTPRequest:
-    """Return the message in pieces; raise Rejected if it would lose more of it than trace fields and charset."""
+    """Return the message in pieces; raise ValueError if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
-    try:
-        fields, _ = parse_message(octets)
-        document = sendgrid_addresses(transaction, fields)
-        document["subject"] = decode_encoded_words(single_field(fields, "subject"))
-        document["headers"] = sendgrid_headers(fields)
-        document.update(sendgrid_parts(octets))
-        if not document["subject"]:
-            raise ValueError("the subject is empty")
-    except (ValueError, LookupError, RecursionError) as error:
-        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    fields, headers = parse_message(octets).fields, {}  # headers go as they are, still encoded
+    for name, line in fields:
+        if name in SENDGRID_RESERVED:
+            raise ValueError(f"the header {name} can't be set")
+        if name not in SENDGRID_OWN and not name.startswith("content-"):
+            headers[line.partition(b":")[0].decode()] = single_field(fields, name)
+            if not line.isascii():
+                raise ValueError(f"the header {name} is not ASCII")
+    document = {**sendgrid_addresses(transaction, fields), "headers": headers, **sendgrid_parts(octets)}
+    document["subject"] = decode_encoded_words(single_field(fields, "subject"))
     body = encode_json({key: value for key, value in document.items() if value})
     return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
 
 
-def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
-    if response.status != 202:  # 200: valid, but will not be sent
-        return http_failure(transaction.route, response, sendgrid_errors(response))
-    message_id = response.headers.get("X-Message-Id")
-    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-
-
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
-    shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
-    author, reply_to = shown["from"], shown["reply-to"]
-    if len(author) != 1:
+    people = {"bcc": [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]}
+    for key in ("from", "to", "cc", "reply-to"):
+        mailboxes = parse_mailboxes(single_field(fields, key))
+        named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in mailboxes]
+        people[key] = [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
+    if len(people["from"]) != 1:
         raise ValueError("From has several addresses")
-    if not shown["to"]:
-        raise ValueError("To has none of the recipients")
-    hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
-    if len(reply_to) > 1:
-        return {**document, "reply_to_list": reply_to}
-    return {**document, "reply_to": reply_to and reply_to[0]}
+    replies = people["reply-to"]
+    replies = {"reply_to": replies[0]} if len(replies) == 1 else {"reply_to_list": replies}
+    envelope = {key: people[key] for key in ("to", "cc", "bcc") if people[key]}
+    return {"personalizations": [envelope], "from": people["from"][0], **replies}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5724,117 +5277,68 @@ def hidden_recipients(transaction: Transaction, fields: list) -> list:
     return list(hidden.values())
 
 
-def sendgrid_mailboxes(text: str) -> list:
-    named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in parse_mailboxes(text)]
-    return [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
-
-
-def sendgrid_headers(fields: list) -> dict:
-    """Return the fields that SendGrid takes as they are, still encoded."""
-    headers: dict = {}
-    for name, octets in fields:
-        if name in SENDGRID_RESERVED:
-            raise ValueError(f"the header {name} can't be set")
-        if name in SENDGRID_OWN or name.startswith("content-"):
-            continue
-        if name in map(str.lower, headers):
-            raise ValueError(f"the header {name} occurs more than once")
-        if not octets.isascii():
-            raise ValueError(f"the header {name} is not ASCII")
-        headers[octets.partition(b":")[0].decode().strip()] = unfold(octets)
-    return headers
-
-
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
 SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
-SENDGRID_NESTING = ["mixed", "alternative", "related"]  # subtypes of a multipart, and of one in another
-SENDGRID_NESTING += ["mixed/alternative", "mixed/related", "alternative/related", "related/alternative"]
 
 
 def sendgrid_parts(octets: bytes) -> dict:
-    """Return content and attachments."""
     import email
 
-    message = email.message_from_bytes(octets)
-    content: list = []
-    attachments: list = []
-    for part in leaf_parts(message):
-        named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
-        if part.get_content_maintype() == "text" and not named:
+    content, attachments, multiparts, parts = [], [], set(), [email.message_from_bytes(octets)]
+    while parts:
+        part = parts.pop(0)
+        kind, named = part.get_content_subtype(), part.get_filename() or part["Content-ID"]
+        if part.get_content_maintype() == "multipart":
+            if kind not in ("mixed", "alternative", "related") or not part.is_multipart():
+                raise ValueError(f"multipart/{kind} can't be kept")
+            multiparts.add(kind)
+            parts[:0] = part.get_payload()
+        elif part.get_content_maintype() != "text" or named or part.get_content_disposition() == "attachment":
+            attachments.append(sendgrid_attachment(part))
+        else:
             text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
             content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
-        else:
-            attachments.append(sendgrid_attachment(part))
-    alternative = any(part.get_content_subtype() == "alternative" for part in message.walk())
     types = [item["type"] for item in content]
-    if types not in (["text/plain"], ["text/html"]) and not (alternative and types == ["text/plain", "text/html"]):
+    both = ["text/plain", "text/html"]
+    if not (types == both and "alternative" in multiparts) and types not in (both[:1], both[1:]):
         raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
-    if not all(item["value"] for item in content):
-        raise ValueError("a text is empty")
     return {"content": content, "attachments": attachments}
 
 
-def leaf_parts(part: Any, outer: str = "") -> list:
-    """Return the parts that are no multipart; raise ValueError for a nesting whose meaning would be lost."""
-    if part.get_content_maintype() != "multipart":
-        return [part]
-    nesting = f"{outer}/{part.get_content_subtype()}".strip("/")
-    if nesting not in SENDGRID_NESTING or not part.is_multipart():
-        raise ValueError(f"multipart/{nesting.replace('/', ' with multipart/')} can't be kept")
-    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, part.get_content_subtype())]
-
-
 def sendgrid_attachment(part: Any) -> dict:
-    """Return a part as an attachment."""
-    charset, content_id = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
+    content_id, disposition = (part["Content-ID"] or "").strip("<> "), part.get_content_disposition()
+    octets = part.get_payload(decode=True)
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
-    else:
-        octets = part.get_payload(decode=True)
     name = decode_encoded_words(part.get_filename() or content_id)
-    if not (name and octets):
-        raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
-    if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
-        raise ValueError(f"the attachment {name} has the charset {charset}, which can't be declared")
+    inline = disposition == "inline" or (content_id and not disposition)
     attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
-    inline = part.get_content_disposition() == "inline" or (content_id and not part.get_content_disposition())
-    attachment["disposition"] = "inline" if inline else "attachment"
-    return {**attachment, "content_id": content_id} if content_id else attachment
+    attachment.update(disposition="inline" if inline else "attachment", content_id=content_id)
+    return {key: value for key, value in attachment.items() if value}
 
 
-AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
-AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
+async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
+    """Deliver to 50 recipients at a time, Amazon's quota."""
+    replies, read_replies = [], functools.partial(api_replies, 200, "MessageId", "")
+    for start in range(0, len(transaction.recipients), 50):
+        part = transaction._replace(recipients=transaction.recipients[start : start + 50])
+        try:
+            replies += await relay_http(amazonses_request, read_replies, part, transport)
+        except Rejected as refused:
+            replies += [refused.reply] * len(part.recipients)
+    return replies
 
 
 def amazonses_request(transaction: Transaction) -> HTTPRequest:
-    """Return the signed request, with the message as it is; raise Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
-    try:
-        author = single_field(parse_message(octets)[0], "from")
-        spec = parse_mailboxes(author)[0][1].addr_spec
-    except (ValueError, IndexError):
-        raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
-    document = {
-        "FromEmailAddress": author,
-        "Destination": {"ToAddresses": transaction.recipients},
-        "Content": {"Raw": {"Data": base64.b64encode(octets).decode()}},
-    }
-    if transaction.sender and address_key(spec) != address_key(transaction.sender):
-        document["FeedbackForwardingEmailAddress"] = transaction.sender
+    author = single_field(parse_message(octets).fields, "from")
+    if not parse_mailboxes(author):
+        raise ValueError("From has no address")
+    content = {"Raw": {"Data": base64.b64encode(octets).decode()}}
+    document = {"FromEmailAddress": author, "Destination": {"ToAddresses": transaction.recipients}, "Content": content}
+    document.update({"FeedbackForwardingEmailAddress": transaction.sender} if transaction.sender else {})
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, time.time())
-
-
-def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
-    """Return the reply for a response of Amazon SES."""
-    document = json_object(response)
-    if response.status == 200 and isinstance(document.get("MessageId"), str):
-        return http_accepted(route, response, f"MessageId: {document['MessageId']}")
-    name = str(response.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
-    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace in front, or a URL behind
-    lines = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
-    reply = http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
-    return reply._replace(route_fault=bool(re.search("Signature|Token|UnrecognizedClient", name)))
 
 
 def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
@@ -5842,153 +5346,131 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
-    headers = {"host": site.host_header, "x-amz-date": moment}
-    if call.method == "POST":
-        headers["content-type"] = call.type
-    if route.token:
-        headers["x-amz-security-token"] = route.token
-    names = ";".join(sorted(headers))
-    lines = [f"{name}:{headers[name]}" for name in sorted(headers)]
-    lines = [call.method, site.path + call.path, "", *lines, "", names]
+    added = [("x-amz-date", moment)] + [("x-amz-security-token", route.token)] * bool(route.token)
+    signed = [("content-type", call.type)] * (call.method == "POST") + [("host", site.host_header), *added]
+    names = ";".join(name for name, _ in signed)
+    lines = [call.method, site.path + call.path, "", *(f"{name}:{value}" for name, value in signed), "", names]
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = b"AWS4" + route.credentials[1].encode()
-    for part in scope.split("/"):
+    for part in (*scope.split("/"), text):
         key = hmac.digest(key, part.encode(), "sha256")
-    signature = hmac.new(key, text.encode(), "sha256").hexdigest()
-    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={signature}"
-    added = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
+    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={key.hex()}"
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
 def mandrill_request(transaction: Transaction) -> HTTPRequest:
-    """Return the message as it is."""
-    envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
-    content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
-    body = encode_json({**content, **envelope, "async": False})
-    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
+    document = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
+    document.update({"from_email": transaction.sender or None, "to": transaction.recipients, "async": False})
+    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", encode_json(document))
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """Return a Reply for each recipient; a response that doesn't name one breaks the API's promise."""
-    route, errors, document = transaction.route, mandrill_errors(response), response.document()
-    if errors:
-        return [http_failure(route, response, errors)] * len(transaction.recipients)
-    listed = document if response.status == 200 and isinstance(document, list) else []
-    items = {address_key(item.get("email")): item for item in listed if isinstance(item, dict)}
-    return [mandrill_reply(route, response, items.get(address_key(to), {})) for to in transaction.recipients]
-
-
-def mandrill_errors(response: HTTPResponse) -> list | None:
-    """Return the error message in a response; None if it has none."""
-    document = json_object(response)
-    return [f"{document.get('name')}: {document.get('message')}"] if document.get("status") == "error" else None
-
-
-def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    """Return one recipient's item as a Reply."""
-    status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
-    if status in ("sent", "queued", "scheduled"):
-        return http_accepted(route, response, status, *lines)
-    if status in ("rejected", "invalid"):
-        dsn = "5.1.3" if status == "invalid" else "5.7.1"
-        return make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)._replace(dsn=dsn)
-    return http_failure(route, response, None)
-
-
-async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
-    """Deliver by an API that takes an access token, and a message as it is with its recipients."""
-    route, call = transaction.route, await asyncio.to_thread(make_request, transaction)
-    for again in (True, False):  # a token that is refused is replaced once
-        login = await transport.tokens.authorize(route)
-        token = login.credentials[1]
-        response = await transport.http.request(HTTPTarget.of_route(route), call._replace(headers=bearer_header(login)))
-        if response.status != 401 or not (again and transport.tokens.drop(route, token)):
-            break
-    response = response._replace(body=response.body.replace(token.encode(), b"********"))
-    ident = response.headers.get("request-id", "none") if success == 202 else json_object(response).get("id")
-    accepted = response.status == success and ident
-    reply = http_accepted(route, response, f"id: {ident}") if accepted else token_api_failure(route, response)
-    return [reply] * len(transaction.recipients)
+    replies, route = [], transaction.route
+    items = items_by_address(response.document() if response.status == 200 else None, "email")
+    for item in [items.get(address_key(to), {}) for to in transaction.recipients]:
+        status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
+        if status in ("sent", "queued", "scheduled"):
+            replies.append(http_reply("web-accepted", route, response, [status, *lines]))
+        elif status in ("rejected", "invalid"):
+            reply = http_reply("web-refused", route, response, lines, status)
+            replies.append(reply._replace(dsn="5.1.3" if status == "invalid" else "5.7.1"))
+        else:
+            replies.append(http_failure(route, response))
+    return replies
 
 
 def msgraph_request(transaction: Transaction) -> HTTPRequest:
     # https://learn.microsoft.com/en-us/graph/api/user-sendmail
     path = f"/v1.0/users/{urllib.parse.quote(transaction.route.credentials[0], '@')}/sendMail"
-    return HTTPRequest("POST", path, base64.b64encode(addressed_message(transaction)), type="text/plain")
+    body = base64.b64encode(addressed_message(transaction))
+    return HTTPRequest("POST", path, body, bearer_header(transaction.route), "text/plain")
 
 
 def gmailapi_request(transaction: Transaction) -> HTTPRequest:
     # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
     path, octets = "/gmail/v1/users/me/messages/send", addressed_message(transaction)
-    if len(octets) > GMAILAPI_UPLOAD:
-        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, type="message/rfc822")
-    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}))
+    header = bearer_header(transaction.route)
+    if len(octets) > 1 << 20:  # a large one is uploaded
+        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, header, "message/rfc822")
+    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}), header)
 
 
 def addressed_message(transaction: Transaction) -> bytes:
     """Return the message with the envelope's recipients in its header, from which the API takes them."""
     octets = transaction.octets()
-    try:
-        fields = parse_message(octets).fields
-        if single_field(fields, "bcc"):
-            raise ValueError("the header bcc can't be set")
-        hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
-    except ValueError as error:
-        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    fields = parse_message(octets).fields
+    if single_field(fields, "bcc"):
+        raise ValueError("the header bcc can't be set")
+    hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
     return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
 
 
-def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
-    """Return the reply for an error of Graph or Google; a refused token is no verdict on the mail."""
-    error = json_object(response).get("error")
-    lines = [f"{error.get('code')}: {error.get('message')}"] if isinstance(error, dict) else None
-    temporary = bool(lines and GOOGLE_LIMIT.search(str(error.get("errors"))))
-    return http_failure(route, response, lines, temporary)
+def api_replies(success: int, name: str, header: str, transaction: Transaction, response: HTTPResponse) -> list:
+    """Return the replies of an API that takes the mail for all recipients, or not; its id is in a header or in JSON."""
+    ident = response.headers.get(header) if header else json_object(response).get(name)
+    reply = http_reply("web-accepted", transaction.route, response, [f"{name}: {ident}"] if ident else [])
+    if response.status != success or not (ident or header):
+        reply = http_failure(transaction.route, response)
+    return [reply] * len(transaction.recipients)
 
 
-def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
-    """Return the reply for a mail that the API has taken."""
-    return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
+def api_errors(response: HTTPResponse) -> list | None:
+    """Return the error messages in a response; None if it has none in a form that one of the APIs uses."""
+    document, amazon = json_object(response), response.headers.get("x-amzn-ErrorType")
+    amazon = str(amazon or document.get("__type") or "").partition(":")[0].rpartition("#")[2]
+    errors, error = document.get("errors"), document.get("error")
+    if amazon:  # some have a namespace in front, or a URL behind
+        return [amazon, *(str(document[key]) for key in ("message", "Message") if document.get(key))]
+    if document.get("status") == "error":  # Mandrill
+        return [f"{document.get('name')}: {document.get('message')}"]
+    if isinstance(error, dict):  # Graph and Google
+        reasons = re.findall(r"'reason': '(\w+)'", str(error.get("errors")))
+        return [f"{error.get('code')}: {error.get('message')}", *reasons]
+    if isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors):  # SendGrid
+        return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
+    return None
 
 
-def http_failure(route: Route, response: HTTPResponse, lines: list | None, temporary: bool = False) -> Reply:
-    """Return the reply for a response that is no success; `lines` are the API's error messages, None if it has none."""
-    status, text, endpoint = response.status, status_text(response), route.endpoint
-    temporary = temporary or status == 429 or status >= 500
+def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word: str = "") -> Reply:
+    """Return a reply with the response's status line or a word of it, followed by lines of the other side."""
+    lines = [sanitize(str(line), 500) for line in lines][:20]
+    return make_reply(slug, *lines, word=word or status_text(response), **route.endpoint)
+
+
+def http_failure(route: Route, response: HTTPResponse) -> Reply:
+    status, lines, wait = response.status, api_errors(response), parse_retry_after(response)
     if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
-        return make_reply("web-refused", *sanitize_lines(lines or []), word=text, **endpoint)._replace(dsn="5.3.4")
-    if lines is None or not (temporary or status >= 400):
+        return http_reply("web-refused", route, response, lines or ())._replace(dsn="5.3.4")
+    if lines is None or status < 400:
         excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
-        endpoint.update(maybe_delivered=200 <= status < 300, retry_after=parse_retry_after(response))
-        return make_reply("web-rubbish", text, *([excerpt] if excerpt else []), **endpoint)
-    reply = make_reply("web-later" if temporary else "web-refused", *sanitize_lines(lines), word=text, **endpoint)
-    if temporary:
-        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
-    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn), route_fault=status == 401)
+        reply = http_reply("web-rubbish", route, response, filter(None, (status_text(response), excerpt)))
+        return reply._replace(maybe_delivered=200 <= status < 300, retry_after=wait)
+    if status == 429 or status >= 500 or any(map(API_LIMIT.fullmatch, lines)):
+        reply = http_reply("web-later", route, response, lines)
+        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=wait)
+    reply = http_reply("web-refused", route, response, lines)
+    wrong_key = lines[0].isalpha() and re.search("Signature|Token|UnrecognizedClient", lines[0])  # Amazon's exceptions
+    dsn = {401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn)
+    return reply._replace(dsn=dsn, route_fault=status == 401 or bool(wrong_key))
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
     reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
     text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
-    except (TypeError, ValueError, OverflowError):
-        return 0
-    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
-
-
-def sanitize_lines(lines: Any) -> tuple:
-    """Return lines of the other side as a reply may carry them."""
-    return tuple(sanitize(str(line), 500) for line in lines)[:20]
+        return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
+    return 0
 
 
 def ascii_message(transaction: Transaction) -> bytes:
-    """Return the message in ASCII, which the APIs want; raise Rejected if that can't be."""
+    """Return the message in ASCII, which the APIs want; raise ValueError if that can't be."""
     octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
     if not octets.isascii():
-        raise Rejected(make_reply("inexpressible", "it has octets over 127", **transaction.route.endpoint))
+        raise ValueError("it has octets over 127")
     return octets
 
 
@@ -6002,24 +5484,17 @@ def single_field(fields: list, name: str) -> str:
 
 def decode_encoded_words(text: str) -> str:
     """Decode the encoded words (RFC 2047) in a text; raise ValueError or LookupError if one can't be."""
-    return ENCODED_WORD.sub(_decode_encoded_word, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
-
-
-def _decode_encoded_word(found: Any) -> str:
-    charset, encoding, octets = found[1], found[2].upper(), found[3].encode()
-    decoded = binascii.a2b_base64(octets) if encoding == "B" else binascii.a2b_qp(octets, header=True)
-    return decode_charset(decoded, charset)
+    text = re.sub(r"(?<=\?=)\s+(?==\?)", "", text)
+    return ENCODED_WORD.sub(lambda word: decode_charset(DECODERS[word[2].upper()](word[3].encode()), word[1]), text)
 
 
 def decode_charset(octets: bytes, charset: str) -> str:
-    """Decode text in a MIME charset."""
     if charset.upper() == "ISO-2022-JP":
         return jis_to_text(octets.decode("ascii"))
     return octets.decode(codec_name(charset))
 
 
 def format_mailboxes(text: str) -> str:
-    """Return an address field as a submission has it."""
     people = []
     for coded, mailbox in parse_mailboxes(text):
         name, spec = decode_encoded_words(coded), mailbox.addr_spec
@@ -6028,11 +5503,8 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
-# -- Probes, for `check --connect`
-
-
 class ConnectivityProbe(NamedTuple):
-    """A route to try, and for MX the domain of a recipient."""
+    """A route to try for `check --connect`, and for MX the domain of a recipient."""
 
     route: Route
     hostname: str  # our own name, for EHLO
@@ -6040,62 +5512,54 @@ class ConnectivityProbe(NamedTuple):
 
 
 class CheckResult(NamedTuple):
-    """The result of one step of a check."""
-
     step: str
     ok: bool
     text: str
 
 
 def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
-    """Return the result of a step that a Reply ended."""
     return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
 
 
 async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Look the host up as a delivery would, then open a session."""
-    results = await asyncio.to_thread(probe_dns, probe.route)
-    return results + (await asyncio.to_thread(probe_session, probe.route, probe.hostname) if results[-1].ok else [])
+    found = await asyncio.to_thread(probe_dns, probe.route)
+    return [found, *(await asyncio.to_thread(probe_session, probe.route, probe.hostname) if found.ok else ())]
 
 
-def probe_dns(route: Route) -> list:
-    """Look up the route's host."""
+def probe_dns(route: Route) -> CheckResult:
     try:
         found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        return [CheckResult("DNS", False, f"{route.host}: {error.strerror}")]
-    return [CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
+        return CheckResult("DNS", False, f"{route.host}: {error.strerror}")
+    return CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")
 
 
 def probe_session(route: Route, hostname: str) -> list:
     """Return every step to a session that could take a mail; the last one shows where it failed."""
-    session, results = Session(route, hostname), []
+    session, done, failed = Session(route, hostname), {}, []
     try:
         for step in session.steps():
             step()
-            results = session_results(session)
+            done["TCP"] = "connected to {}:{}".format(*session.sock.getpeername())
+            if session.ehlo_resp:
+                extensions = ", ".join(session.ehlo_resp.decode().split("\n")[1:])
+                done["EHLO"] = sanitize(extensions or "no extensions", 500)
+            if isinstance(session.sock, ssl.SSLSocket):
+                done["TLS"] = describe_certificate(session.sock)
+            elif session.step in ("STARTTLS", "AUTH"):
+                done["TLS"] = "none" + ", though it is offered" * session.has_extn("starttls")
+        if route.auth:
+            done["AUTH"] = f"logged in as {route.credentials[0]}"
     except (OSError, Rejected) as error:
         session.close()
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
-        failed = failed_step(name, reply, f"{route.address or route.host}:{route.port}")
-        return [*(result for result in results if result.step != name), failed]
-    session.quit()
-    return results + ([CheckResult("AUTH", True, f"logged in as {route.credentials[0]}")] if route.auth else [])
-
-
-def session_results(session: Session) -> list:
-    """Return the steps that a session has done so far."""
-    peer = session.sock.getpeername()
-    results = [CheckResult("TCP", True, f"connected to {peer[0]}:{peer[1]}")]
-    if session.ehlo_resp:
-        extensions = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
-        results.append(CheckResult("EHLO", True, sanitize(", ".join(extensions) or "no extensions", 500)))
-    if isinstance(session.sock, ssl.SSLSocket):
-        results.append(CheckResult("TLS", True, describe_certificate(session.sock)))
-    elif session.step in ("STARTTLS", "AUTH"):
-        results.append(CheckResult("TLS", True, "none" + ", though it is offered" * session.has_extn("starttls")))
-    return results
+        done.pop(name, None)
+        failed = [failed_step(name, reply, f"{route.address or route.host}:{route.port}")]
+    else:
+        session.quit()
+    return [CheckResult(name, True, text) for name, text in done.items()] + failed
 
 
 def describe_certificate(sock: ssl.SSLSocket) -> str:
@@ -6104,157 +5568,127 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
     if not certificate:
         return f"{sock.version()}, certificate not verified"
     subject = ", ".join(f"{key}={value}" for item in certificate["subject"] for key, value in item)
-    names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
-    left = int((ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) // 86400)
-    until = f"until {certificate['notAfter']} ({left} days)"
-    return sanitize(f"{sock.version()}, certificate of {subject or names}, {until}", 500)
+    names, until = ", ".join(value for _, value in certificate.get("subjectAltName", ())), certificate["notAfter"]
+    days = int((ssl.cert_time_to_seconds(until) - time.time()) // 86400)
+    return sanitize(f"{sock.version()}, certificate of {subject or names}, until {until} ({days} days)", 500)
 
 
 async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Query the name servers, then open a session to the first host of the domain that works."""
-    route, deadline = probe.route, time.monotonic() + probe.route.timeout
+    route = probe.route
     if not probe.domain:
-        found = await transport.resolver.lookup(probe.hostname, MX, deadline)
+        found = await transport.resolver.lookup(probe.hostname, MX, time.monotonic() + route.timeout)
         return [CheckResult("DNS", found.code != SERVFAIL, found.why or "name servers answer")]
     try:
-        hosts = await mx_hosts(probe.domain, transport.resolver, probe.hostname, deadline)
-        results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
-        policy = await transport.mta_sts.policy_for(probe.domain, route)
-        if policy:
-            results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
-        for host in admitted_hosts(hosts, policy):
-            for hop in await next_hops(host, route, policy, transport.resolver):
-                if not isinstance(hop, Route):
-                    results.append(CheckResult("DNS", False, ": ".join(hop.message)))
-                    continue
-                results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
-                if results[-1].ok:
-                    return results
+        hosts, policy = await admitted_hosts(probe.domain, route, probe.hostname, transport)
     except Rejected as rejected:
         return [failed_step("DNS", rejected.reply)]
+    results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
+    if policy:
+        results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
+    for host in hosts:
+        for hop in await next_hops(host, route, policy, transport.resolver):
+            if not isinstance(hop, Route):
+                results.append(CheckResult("DNS", False, ": ".join(hop.message)))
+                continue
+            results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
+            if results[-1].ok:
+                return results
     return results
 
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, find out whether the certificate is accepted."""
-    clear, why = replace(route, tls_if_offered=False), ""
-    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    variants, why = {"": route}, ""
+    if route.tls_if_offered:
+        variants = {"": replace(route, tls_verify=True), "not verified": route}
+        variants["mail goes in clear text"] = replace(route, tls_if_offered=False)
     for note, hop in variants.items():
         results = probe_session(hop, hostname)
         if results[-1].ok:
             return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
-        if results[-1].step != "TLS" or not route.tls_if_offered:
+        if results[-1].step != "TLS":
             break
         why = results[-1].text
     return results
 
 
 async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Return whether files can be made in the route's folder, if it has one."""
-    if not probe.route.row.into_folder:
-        return [CheckResult("NONE", True, "nothing to connect to")]
-    folder = probe.route.folder
-    ok = is_writable_folder(folder)
-    return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
+    """Return the route's folder, if it has one; load_settings() has checked that it can be written."""
+    folder = probe.route.folder if probe.route.row.into_folder else ""
+    return [CheckResult("FILE" if folder else "NONE", True, folder or "nothing to connect to")]
 
 
-def http_probe(ask: Callable) -> Callable:
-    """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
+def http_probe(make_request: Callable) -> Callable:
+    """Make a probe that sends make_request(route) and reads the response by account_state()."""
 
     def steps(route: Route) -> list:
-        results = probe_dns(route)
-        if not results[-1].ok:
+        results = [probe_dns(route)]
+        if not results[0].ok:
             return results
-        line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
+        place = f"{route.host}:{route.port}"
         try:
-            line.open()
-            results.append(CheckResult("TCP", True, f"connected to {place}"))
-            results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-            results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+            with contextlib.closing(KeepAliveConnection(HTTPTarget.of_route(route))) as line:
+                line.open()
+                results.append(CheckResult("TCP", True, f"connected to {place}"))
+                results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+                response = line.exchange(make_request(route))
+            results.append(CheckResult("AUTH", True, account_state(route, response)))
         except Rejected as rejected:
             step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
             results.append(failed_step(step, rejected.reply, place))
-        finally:
-            line.close()
         return results
 
     return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
-@http_probe
-def probe_haineko(route: Route, request: Callable) -> str:
-    """Post an empty submission, which is refused after the login."""
-    response = request(HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
-    items = haineko_items(response)
-    if not items:
-        raise Rejected(http_failure(route, response, None))
-    if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
-        raise Rejected(haineko_reply(route, response, items[0]))
-    return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
+def account_state(route: Route, response: HTTPResponse) -> str:
+    """Return what a response tells of the account, or of its key's permissions; raise Rejected if it can't send."""
+    document, good, refusal = json_object(response), f"the {'token' if route.oauth2 else 'key'} is good", None
+    items = list(items_by_address(document.get("response"), "rcpt").values())
+    if items:  # of a Haineko, which refuses the empty submission after the login
+        good = f"a Haineko that {'takes our' if route.credentials else 'wants no'} login"
+        if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
+            refusal = haineko_reply(route, response, items[0])
+    elif response.status == 403 and ("error" in document or "AccessDenied" in (api_errors(response) or ("",))[0]):
+        good += "; it may not read the account, so whether it may send is not known"
+    elif response.status == 200 and isinstance(document.get("scopes"), list):  # SendGrid
+        good = "the API key may send"
+        if "mail.send" not in document["scopes"]:
+            refusal = http_reply("web-refused", route, response, (), "the API key lacks the permission mail.send")
+    elif response.status == 200 and "SendingEnabled" in document:  # Amazon SES
+        sandbox = not document.get("ProductionAccessEnabled", True)
+        good += ", the account may send" + ", in the sandbox: to verified recipients only" * sandbox
+        if not document["SendingEnabled"]:
+            refusal = http_reply("web-refused", route, response, (), "sending is switched off for this account")
+    elif response.status != 200 or not (document.get("PING") == "PONG!" or {"id", "emailAddress"} & set(document)):
+        refusal = http_failure(route, response)
+    if refusal:
+        raise Rejected(refusal)
+    return good
 
 
-@http_probe
-def probe_sendgrid(route: Route, request: Callable) -> str:
-    """Ask for the permissions of the API key."""
-    response = request(HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
-    scopes = json_object(response).get("scopes") if response.status == 200 else None
-    if not isinstance(scopes, list):
-        raise Rejected(http_failure(route, response, sendgrid_errors(response)))
-    if "mail.send" not in scopes:
-        raise Rejected(make_reply("web-refused", word="the API key lacks the permission mail.send", **route.endpoint))
-    return "the API key may send"
-
-
-@http_probe
-def probe_amazonses(route: Route, request: Callable) -> str:
-    """Ask for the state of the account."""
-    response = request(sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
-    document, failure = json_object(response), amazonses_reply(route, response)
-    if response.status == 403 and any("AccessDenied" in line for line in failure.message):
-        return "the key is good; it may not read the account, so whether it may send is not known"
-    if response.status != 200 or "SendingEnabled" not in document:
-        raise Rejected(failure)
-    if not document["SendingEnabled"]:
-        raise Rejected(make_reply("web-refused", word="sending is switched off for this account", **route.endpoint))
-    sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
-    return f"the key is good, the account may send{sandbox}"
-
-
-@http_probe
-def probe_mandrill(route: Route, request: Callable) -> str:
-    """Ping with the API key."""
-    response = request(HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
-    if response.status == 200 and json_object(response).get("PING") == "PONG!":
-        return "the key is good"
-    raise Rejected(http_failure(route, response, mandrill_errors(response)))
-
-
-def probe_account(path: str, route: Route, request: Callable) -> str:
-    """Read the user's account."""
+def account_request(path: str, route: Route) -> HTTPRequest:
     path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
-    response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
-    document = json_object(response)
-    if response.status == 200 and {"id", "emailAddress"} & set(document):
-        return "the token is good"
-    if response.status == 403 and "error" in document:
-        return "the token is good; it may not read the account, so whether it may send is not known"
-    raise Rejected(token_api_failure(route, response))
+    return HTTPRequest("GET", path, headers=bearer_header(route))
 
 
-probe_msgraph = http_probe(functools.partial(probe_account, "/v1.0/users/{user}"))
-probe_gmail = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
-send_msgraph = functools.partial(relay_by_token, msgraph_request, 202)
-send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
+relay_haineko = functools.partial(relay_http, haineko_request, haineko_replies)
+sendgrid_replies = functools.partial(api_replies, 202, "X-Message-Id", "X-Message-Id")
+relay_sendgrid = functools.partial(relay_http, sendgrid_request, sendgrid_replies)
+relay_mandrill = functools.partial(relay_http, mandrill_request, mandrill_replies)
+relay_msgraph = functools.partial(relay_http, msgraph_request, functools.partial(api_replies, 202, "id", "request-id"))
+relay_gmailapi = functools.partial(relay_http, gmailapi_request, functools.partial(api_replies, 200, "id", ""))
+probe_haineko = http_probe(lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
+probe_sendgrid = http_probe(functools.partial(account_request, "/v3/scopes"))
+probe_amazonses = http_probe(lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
+probe_mandrill = http_probe(
+    lambda route: HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]}))
+)
+probe_msgraph = http_probe(functools.partial(account_request, "/v1.0/users/{user}"))
+probe_gmailapi = http_probe(functools.partial(account_request, "/gmail/v1/users/me/profile"))
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
-
-
-relay_haineko = http_relay(haineko_request, haineko_replies)
-relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
-relay_amazonses = http_relay(  # at most 50 recipients: Amazon's quota
-    amazonses_request, lambda transaction, response: amazonses_reply(transaction.route, response), 50
-)
-relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6262,8 +5696,8 @@ RELAYS.update(
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
-    MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
-    GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
+    MSGraph=Relay(relay_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
+    GmailAPI=Relay(relay_gmailapi, probe_gmailapi, 25, "https://gmail.googleapis.com", **BY_TOKEN),
     File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
     Screen=Relay(relay_screen, probe_local, destination="Screen"),
     Discard=Relay(relay_discard, probe_local, destination="Discard"),
@@ -6276,7 +5710,6 @@ RELAYS.update(
 # ======================================================================================================================
 
 MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
-MAX_SLOTS = 4096  # processes
 NEWER_VERSION = "is of a newer version,"
 RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
 MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
@@ -6285,16 +5718,10 @@ MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last o
 SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
 MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
-DESTINATIONS_SQL = """
-    WITH RECURSIVE found(destination) AS (
-        SELECT min(destination) FROM recipients WHERE due IS NOT NULL
-        UNION ALL SELECT (SELECT min(destination) FROM recipients WHERE due IS NOT NULL
-                          AND destination > found.destination)
-                  FROM found WHERE destination IS NOT NULL)
-    SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
-WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
-DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
+NEXT_SQL = "SELECT min(destination) FROM recipients WHERE due IS NOT NULL AND destination>?"  # one index search
+WAITING_SQL = "SELECT id, interruptions, {} FROM recipients WHERE destination=? AND due IS NOT NULL AND"
+DUE_SQL = f"{WAITING_SQL.format(0)} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL.format(1)} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
 STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
 WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
 
@@ -6306,88 +5733,67 @@ WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id F
 #  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
 
 
-class Disposition(NamedTuple):
-    """What follows for a recipient after an attempt."""
-
-    state: str  # "open", "delivered" or "failed"
-    pause: float = 0.0  # seconds until the next attempt, if open
-
-
-def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, settings: QueueSettings) -> Disposition:
-    """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
-    if reply.accepted:
-        return Disposition("delivered")
-    expired = age >= settings.lifetime
-    if not reply.temporary or (expired and attempts >= MIN_ATTEMPTS):
-        return Disposition("failed")
-    pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
-    left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
-    return Disposition("open", min(max(pause, reply.retry_after), left))
-
-
 class AttemptResult(NamedTuple):
-    """Result of an attempt, to be recorded."""
+    """Result of an attempt, to be recorded, and what follows for its recipient."""
 
     reply: Reply | None  # None: the lifetime ended without another attempt
-    disposition: Disposition
-    follow_ups: tuple = ()  # NewQueueItems that report it
+    state: str  # "open", "delivered", "failed", or "held" after too many interruptions
+    pause: float = 0.0  # seconds until the next attempt, if open
+    follow_ups: tuple = ()  # QueueItems that report it
     destination: str = ""  # by the settings now in force; "": as it was
+    interruptions: int = 0  # in a row
+
+
+def attempt_result(reply: Reply, attempts: int, age: float, jitter: float, settings: QueueSettings) -> AttemptResult:
+    """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
+    if reply.accepted:
+        return AttemptResult(reply, "delivered")
+    expired = age >= settings.lifetime
+    if not reply.temporary or (expired and attempts >= MIN_ATTEMPTS):
+        return AttemptResult(reply, "failed")
+    pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
+    left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
+    return AttemptResult(reply, "open", min(max(pause, reply.retry_after), left))
 
 
 class Attempt(NamedTuple):
-    """Earlier attempt to deliver to a recipient."""
-
     time: float
     reply: Reply
 
 
 class NewRecipient(NamedTuple):
-    """Recipient of a new item."""
-
     as_written: str  # by the client
     recipient: str  # as passed to relays
     number: int  # of the copy
     destination: str  # see destination_key()
 
 
-class NewQueueItem(NamedTuple):
-    """Mail, or event for the webhook, to be stored."""
-
+class QueueItem(NamedTuple):
     queueid: str
-    kind: str  # "mail" or "event"
+    kind: str  # "mail", or "event" for the webhook
     sender: str  # "" is the null sender
     login: str  # user name that sent it; "" if none was needed
     created_at: float
     message: Message
-    recipients: tuple  # of NewRecipient
+    recipients: tuple = ()  # of NewRecipient
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None  # of the request's body
     send_at: float = 0.0  # no attempt is made before
 
 
 class LeasedRecipient(NamedTuple):
-    """Recipient leased to this process, with all that its delivery needs."""
-
     id: int
-    queueid: str
-    kind: str
-    sender: str
-    login: str
-    created_at: float
-    message: Message
-    as_written: str
-    recipient: str
-    number: int
-    destination: str
+    item: QueueItem  # without its recipients, created when its lifetime began
+    to: NewRecipient
     attempts: int
     history: tuple = ()  # of Attempt
+    expired: bool = False  # to be given up without another attempt
 
 
 def destination_key(route: Route, domain: str) -> str:
     """Return the key of the next hop: an unreachable host delays mail to its own destination only."""
-    if route.relay == "File":
-        return f"File {route.folder}"
-    return f"MX {domain.lower()}" if route.relay == "MX" else f"{route.relay} {route.host}:{route.port}"
+    row = route.row if route.relay in ("File", "MX") else UNKNOWN_RELAY
+    return row.destination.format(route=route, domain=domain.lower())
 
 
 def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
@@ -6401,63 +5807,50 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 
 def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
     """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
-    items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
-    if leased.kind == "mail" and leased.sender and event != "open" and settings.queue.webhook:  # not of bounces
-        items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
-    if state == "failed" and may_bounce(leased, settings):
-        items.append(new_bounce(leased, reply, settings, now))
+    item, url, items = leased.item, settings.queue.webhook, []
+    event = "deferred" if state == "open" and leased.attempts == 1 else state
+    if item.kind == "event" or not item.sender:  # a bounce
+        return ()
+    if event != "open" and url:  # in the form of Standard Webhooks; the queue id is the webhook-id
+        data = {"queueid": item.queueid, "login": item.login or None, "addresser": item.sender}
+        data = {**data, **reply_to_dict(leased.to.as_written, reply), "attempts": leased.attempts}
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        body = ENCODER.encode({"type": f"message.{event}", "timestamp": moment, "data": data}).encode()
+        to = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)['host']}")
+        items.append(QueueItem(new_queueid(now), "event", "", "", now, Message((body,)), (to,)))
+    if state == "failed" and "FAILURE" in item.message.dsn[1]:
+        if item.login or not check_recipient(parse_address(item.sender), settings):
+            items.append(new_bounce(leased, reply, settings, now))  # others' addresses may be forged (backscatter)
     return tuple(items)
 
 
-def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
-    """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
-    data = {"queueid": leased.queueid, "login": leased.login or None, "addresser": leased.sender}
-    data.update(reply_to_dict(leased.as_written, reply))
-    timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-    event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
-    message = Message((ENCODER.encode(event).encode(),))
-    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)['host']}")
-    return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
-
-
-def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
-    """Return whether the sender gets a bounce: only if known, since others' addresses may be forged (backscatter)."""
-    known = leased.login or not check_recipient(parse_address(leased.sender), settings)
-    return leased.kind == "mail" and bool(leased.sender and known) and "FAILURE" in leased.message.dsn[1]
-
-
-def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
-    queueid, domain = new_queueid(now), parse_address(leased.sender).domain
-    message = bounce_message(leased, reply, settings.hostname, queueid, now)
-    destination = destination_key(resolve_route(domain, "", settings)[0], domain)
-    recipient = NewRecipient(leased.sender, leased.sender, 1, destination)
-    return NewQueueItem(queueid, "mail", "", leased.login, now, message, (recipient,))
-
-
-def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
+def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> QueueItem:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
-    header = returned_header(leased.message.copy(leased.recipient, leased.number))
+    item, to, queueid = leased.item, leased.to.recipient, new_queueid(now)
+    header = returned_header(item.message.copy(to, leased.to.number))
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
-    lines, is_ascii = [f"{reply.code} {line}".rstrip() for line in lines or [""]], leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
-        leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
-        encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
-        arrival_date=rfc5322_date(int(leased.created_at)),
-        server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
+        item=item, to=to, attempts=leased.attempts, hostname=settings.hostname, queueid=queueid,
+        boundary=f"{queueid}/report", date=rfc5322_date(int(now)), arrival_date=rfc5322_date(int(item.created_at)),
+        encoding="7bit" if (header + to.encode()).isascii() else "8bit",
+        address_type="rfc822" if to.isascii() else "utf-8", server=f" ({reply.host})" if reply.host else "",
+        reply="\r\n    ".join([f"{reply.code} {line}".rstrip() for line in lines or [""]]),
         remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
         status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
     )  # fmt: skip
     octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
-    return Message((octets,), needs_8bitmime=not octets.isascii())
+    message, domain = Message((octets,), needs_8bitmime=not octets.isascii()), parse_address(item.sender).domain
+    destination = destination_key(resolve_route(domain, "", settings)[0], domain)
+    sender = NewRecipient(item.sender, item.sender, 1, destination)
+    return QueueItem(queueid, "mail", "", item.login, now, message, (sender,))
 
 
 def returned_header(octets: bytes) -> bytes:
     """Return the fields by which a sender recognizes the message, as far as they are short."""
-    found, size = [], 0
+    found = b""
     for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
-        size += len(match[0])
-        found += [match[0]] if size <= MAX_RETURNED else []
-    return b"".join(found)
+        found += match[0] if len(found) + len(match[0]) <= MAX_RETURNED else b""
+    return found
 
 
 RETURNED_FIELD = re.compile(rb"(?im)^(?:From|To|Subject|Date|Message-Id):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
@@ -6467,7 +5860,7 @@ BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
 	{date}
 From: Mail Delivery System <MAILER-DAEMON@{hostname}>
-To: {leased.sender}
+To: {item.sender}
 Subject: Undelivered Mail Returned to Sender
 Date: {date}
 Message-Id: <{queueid}.1@{hostname}>
@@ -6481,11 +5874,8 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}. Your mail to
-
-    {leased.recipient}
-
-could not be delivered. After {leased.attempts} attempt(s) since {arrival_date} the last reply{server} was:
+This is the mail system at {hostname}. Your mail to <{to}> could not be delivered.
+After {attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
 
@@ -6495,10 +5885,10 @@ It will not be tried again. The beginning of its header is attached.
 Content-Type: message/delivery-status
 
 Reporting-MTA: dns; {hostname}
-X-Haineko-Queueid: {leased.queueid}
+X-Haineko-Queueid: {item.queueid}
 Arrival-Date: {arrival_date}
 
-Final-Recipient: {address_type}; {leased.recipient}
+Final-Recipient: {address_type}; {to}
 Action: failed
 Status: {status}
 {remote_mta}Diagnostic-Code: smtp; {reply}
@@ -6510,27 +5900,20 @@ Content-Transfer-Encoding: {encoding}
 """.replace("\n", "\r\n")
 
 
-async def post_webhook(
-    leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
-) -> Reply:
-    """POST an event to its webhook; return a reply as a relay gives it."""
+async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, pool: Any, timeout: float = 15.0) -> Reply:
+    """POST an event to its webhook (Standard Webhooks 1.0); return a reply as a relay gives it."""
     if not secret:
         return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-    base_url, path = WEBHOOK_URL.fullmatch(leased.recipient).group("base", "path")
-    target = HTTPTarget(base_url, timeout, "Webhook")
-    body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
-    digest = hmac.digest(secret, b"%b.%d.%b" % (event_id.encode(), int(now), body), "sha256")
-    headers = (  # Standard Webhooks 1.0
-        ("webhook-id", event_id),
-        ("webhook-timestamp", str(int(now))),
-        ("webhook-signature", f"v1,{base64.b64encode(digest).decode()}"),
-    )
+    base_url, path = WEBHOOK_URL.fullmatch(leased.to.recipient).group("base", "path")
+    target, body = HTTPTarget(base_url, timeout, "Webhook"), leased.item.message.parts[0]
+    event_id, moment = f"msg_{leased.item.queueid}", str(int(now))
+    digest = hmac.digest(secret, f"{event_id}.{moment}.".encode() + body, "sha256")
+    headers = {"webhook-id": event_id, "webhook-timestamp": moment}
+    headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
     try:
-        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
+        status = (await pool.request(target, HTTPRequest("POST", path or "/", body, tuple(headers.items())))).status
     except Rejected as refused:
-        reply = refused.reply
-        unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
-        return make_reply("webhook-later", word=": ".join(reply.message), **target.endpoint, **unreachable)
+        return refused.reply
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
     return make_reply(slug, word=str(status), **target.endpoint)
 
@@ -6539,26 +5922,21 @@ async def post_webhook(
 
 
 class QueueDB:
-    """The queue's file as one process uses it.
-
-    One thread commits, and what comes meanwhile is the next transaction, so that many mails share one fsync.
-    """
+    """The queue's file as one process uses it. One thread commits, and what comes meanwhile is the next transaction, so
+    that many mails share one fsync."""
 
     BUSY = 5.0  # seconds to wait for another process's lock
-    BATCH = 256  # operations in one transaction
 
     def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
         self.settings, self.wake_socket = settings, wake_socket
-        if wake_socket:
-            wake_socket.setblocking(False)
         self.waiting: list = []  # of (operation, values, future)
         self.committing: asyncio.Task | None = None
         self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
-        self.file_ids: dict = {}  # of the files as they were opened
-        self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
+        self.file_ids: list = []  # of the files as they were opened
+        self.slot = 1 + int.from_bytes(os.urandom(4), "big")  # owner of this process's leases; no other has the number
+        self.locks = 0  # the lock file
         self.fault = ""  # why the file can't be used
-        self.woken = False  # since the last commit
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -6574,24 +5952,16 @@ class QueueDB:
 
     async def _commit_waiting(self) -> None:
         while self.waiting:
-            batch, self.waiting = self.waiting[: self.BATCH], self.waiting[self.BATCH :]
+            batch, self.waiting = self.waiting, []
             work = [(operation, values) for operation, values, _ in batch]
-            try:
-                results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
-            except Exception:  # callers wait for results
-                log_exception("queue")
-                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
-            self.woken = False
+            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
             for (_, _, future), result in zip(batch, results):
                 if not future.done():  # its task was cancelled
                     future.set_result(result)
 
-    async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
-        """Store an item, see enqueue(); raise Rejected if the disk is too full."""
-        return await self.add_by(enqueue, item, results, leased)
-
-    async def add_by(self, operation: Callable, *values: Any) -> Any:
-        if not self.has_free_space():
+    async def add(self, operation: Callable, *values: Any) -> Any:
+        """Return the result of an operation that stores mail; raise Rejected if the disk is too full."""
+        if self.free_space() < self.settings.min_free:
             raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
         return await self.do(operation, *values)
 
@@ -6600,26 +5970,14 @@ class QueueDB:
         try:
             await self.do(operation, *values)
         except Rejected:
-            asyncio.get_running_loop().create_task(self._repeat(operation, *values))
-
-    async def _repeat(self, operation: Callable, *values: Any) -> None:
-        await asyncio.sleep(1.0)
-        await self.do_eventually(operation, *values)
-
-    async def release(self, operation: Callable, lease: Any) -> None:
-        """End the lease whose result the operation failed to record because of a bug: the delivery is tried again."""
-        await self.do_eventually(release_leases, self.settings, time.time(), LEASE_CONDITIONS[operation], lease)
+            loop = asyncio.get_running_loop()
+            loop.call_later(1.0, lambda: loop.create_task(self.do_eventually(operation, *values)))
 
     def wake_manager(self) -> None:
-        """Tell the queue manager that something is due; once after each commit is enough."""
-        if self.wake_socket and not self.woken:
-            self.woken = True
+        """Tell the queue manager that something is due."""
+        if self.wake_socket:
             with contextlib.suppress(OSError):  # it has been woken often enough
-                self.wake_socket.send(b"\0")
-
-    def has_free_space(self) -> bool:
-        """Return whether the disk has as much free space as it should."""
-        return self.free_space() >= self.settings.min_free
+                self.wake_socket.send(b"\0", socket.MSG_DONTWAIT)
 
     def free_space(self) -> int:
         """Return how many octets the disk has free, -1 if it can't be used."""
@@ -6631,16 +5989,15 @@ class QueueDB:
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
-        return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
+        is_full = self.free_space() < self.settings.min_free
+        return "the queue can't be used" if self.fault else "disk full" if is_full else ""
 
     def commit(self, work: list) -> list:
         """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
         import sqlite3
 
         try:
-            if not self.db:
-                self._open()
-            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
+            self._lock()
             db = self._open()  # now, when no other process writes: the files may have been replaced
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
@@ -6654,11 +6011,7 @@ class QueueDB:
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            ((operation, values),) = work
-            if operation not in LEASE_CONDITIONS:
-                return [error]
-            values = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
-            return self.commit([(release_leases, values)])  # they must not outlast it
+            return [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -6670,9 +6023,9 @@ class QueueDB:
         if self.db:
             self.db.close()
         self.db = None
-        if for_good and self.slot:
+        if for_good and self.locks:
             os.close(self.locks)
-            self.slot = self.locks = 0
+            self.locks = 0
 
     def _log_fault(self, error: str) -> None:
         if error != self.fault:
@@ -6680,84 +6033,52 @@ class QueueDB:
             log.lines(text, level="error" if error else "info")
         self.fault = error
 
+    def _lock(self) -> None:
+        """Lock the lock file's first byte, for a transaction, and the one of this process's slot, for good. The kernel
+        unlocks them when the process ends, so the owner of a lease is known to be alive. No process may open the file
+        twice: closing one handle would unlock all."""
+        path = self.settings.path + ".lock"
+        if self.locks and file_id(path) != file_id(self.locks):  # it was replaced
+            os.close(self.locks)
+            self.locks = 0
+        self.locks = self.locks or open_private(path, os.O_RDWR)
+        for byte in (0, self.slot):
+            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, byte)  # SQLite itself would wait by sleeping, sometimes long
+
     def _open(self) -> Any:
         """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
-        if self.db and (self.file_ids == self._file_ids() or not self._leave_files()):
-            self._lock_slot(self.db)
+        path, *logs = paths = [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]
+        if self.db and self.file_ids != list(map(file_id, paths)):  # they were moved or replaced
+            if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:  # another program reads them now
+                return self.db
+            log.lines(f"queue: {sanitize(path)} was moved or replaced; opening what is there now")
+            for name, before in zip(logs, self.file_ids[1:]):  # all mail is in the file that was moved
+                if before and file_id(name) == before:
+                    os.unlink(name)  # or it would be read with the new one
+            self.close()
+        if self.db:
             return self.db
-        path = self.settings.path
-        for suffix in ("", "-wal", "-shm"):
-            if not suffix or os.path.lexists(path + suffix):
-                os.close(open_private(path + suffix, os.O_RDONLY))
+        for name in paths:
+            if name == path or os.path.lexists(name):
+                os.close(open_private(name, os.O_RDONLY))
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             db.execute(f"PRAGMA {pragma}")
         migrate(db)
-        self._lock_slot(db)
-        self.file_ids = self._file_ids()
+        self.file_ids = list(map(file_id, paths))
         return db
-
-    def _file_ids(self) -> dict:
-        return {path: file_id(path) for path in [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]}
-
-    def _leave_files(self) -> bool:
-        """Close files that were moved or replaced while in use; return False if another program reads them just now.
-
-        All mail must be in the file that was moved, and what remains here of its log must not be read with a new one.
-        """
-        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:
-            return False
-        log.lines(f"queue: {sanitize(self.settings.path)} was moved or replaced; opening what is there now")
-        for path, before in self.file_ids.items():
-            if path != self.settings.path and before and file_id(path) == before:
-                os.unlink(path)
-        self.close()
-        return True
-
-    def _lock_slot(self, db: Any) -> None:
-        """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
-        path, before = self.settings.path + ".lock", self.slot
-        if before and file_id(path) == file_id(self.locks):
-            return
-        if before:
-            os.close(self.locks)
-        self.slot = self.locks = 0
-        locks, slot = lock_slot(path, before)
-        if slot != before:
-            try:
-                db.execute("BEGIN IMMEDIATE")
-                release_leases(db, slot, self.settings, time.time())
-                db.execute("COMMIT")
-            except BaseException:
-                os.close(locks)
-                raise
-        self.locks, self.slot = locks, slot
 
 
 def file_id(file: str | int) -> tuple | None:
     """Return the device and inode of a path or an open file, None if there is none."""
     try:
-        found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+        found = os.stat(file)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
-
-
-def lock_slot(path: str, preferred: int) -> tuple:
-    """Return the open lock file and the number of a byte in it, now locked.
-
-    The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
-    file twice: closing one handle would unlock all.
-    """
-    handle = open_private(path, os.O_RDWR)
-    for slot in (preferred or 1, *range(1, MAX_SLOTS)):
-        if lock_byte(handle, slot):
-            return handle, slot
-    os.close(handle)
-    raise OSError(errno.EAGAIN, "too many processes use it")
 
 
 def open_private(path: str, flags: int) -> int:
@@ -6772,27 +6093,15 @@ def open_private(path: str, flags: int) -> int:
     raise OSError(errno.EPERM, "is not a regular file of this user", path)
 
 
-def lock_byte(handle: int, offset: int) -> bool:
-    """Lock one byte of the file; return False if another process has it."""
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
-    except OSError:
-        return False
-    return True
-
-
 # A new file; times are seconds since the epoch.
 SCHEMA = """
     CREATE TABLE messages (
-        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE,
-        kind TEXT NOT NULL,                -- mail, or event for the webhook
+        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,  -- mail, or event for the webhook
         sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
-        open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
-        completed_at REAL,                 -- when none was left
+        open_recipients INTEGER NOT NULL, completed_at REAL,  -- neither delivered nor given up; when none was left
         owner INTEGER,                     -- slot of the process that has yet to answer its client
         key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
-        body_digest BLOB,                  -- of the request
-        response TEXT,                     -- to the client: JSON of status, headers, body
+        body_digest BLOB, response TEXT,   -- of the request; JSON of status, headers, body
         size INTEGER NOT NULL,             -- octets of the message
         parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
         octets BLOB NOT NULL               -- the parts; empty once completed
@@ -6800,14 +6109,11 @@ SCHEMA = """
     CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
     CREATE TABLE recipients (
         id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        as_written TEXT NOT NULL,          -- by the client
-        recipient TEXT NOT NULL,           -- as relays are told
-        number INTEGER NOT NULL, destination TEXT NOT NULL,
+        as_written TEXT NOT NULL, recipient TEXT NOT NULL, number INTEGER NOT NULL, destination TEXT NOT NULL,
         state TEXT NOT NULL, created_at REAL NOT NULL,  -- open, delivered, failed, dropped or held; or its send_at
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
-        attempts INTEGER NOT NULL,
-        history TEXT NOT NULL,             -- JSON, see add_attempt()
+        attempts INTEGER NOT NULL, history TEXT NOT NULL,  -- JSON, see add_attempt()
         interruptions INTEGER NOT NULL DEFAULT 0  -- in a row
     );
     CREATE INDEX recipients_by_message ON recipients(message);
@@ -6836,59 +6142,50 @@ MIGRATIONS = (
 
 def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
     """Bring the file to the newest version in one transaction; refuse a newer one."""
-    newest = 1 + len(migrations)
-    if db.execute("PRAGMA user_version").fetchone()[0] == newest:
-        return
-    db.execute("BEGIN IMMEDIATE")
-    version = db.execute("PRAGMA user_version").fetchone()[0]
+    version, newest = db.execute("PRAGMA user_version").fetchone()[0], 1 + len(migrations)
     if version > newest:
         raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in migrations[version - 1 :] if version else (SCHEMA,):
-        for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
-            db.execute(statement)
-    db.execute(f"PRAGMA user_version={newest}")
-    db.execute("COMMIT")
+    if version < newest:
+        script = ";".join(migrations[version - 1 :] if version else (SCHEMA,))
+        db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version={newest}; COMMIT")
 
 
 # -- Operations on the file, called as operation(db, slot, *values) within a transaction; rows are sqlite3.Row
 
 
-def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased: bool = False) -> Any:
-    """Store an item and return None, or return the earlier message with the same key.
-
-    Recipients are due at once or at send_at, leased to this process if `leased`, or as their first attempts say.
-    """
+def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, leased: bool = False) -> Any:
+    """Store an item and return None, or return the earlier message with the same key. Recipients are due at once or at
+    send_at, leased to this process if `leased`, or as their first attempts say."""
     if item.key:
         expired = item.created_at - RETENTION
         db.execute("UPDATE messages SET key=NULL WHERE key=? AND created_at<=?", (item.key, expired))
-        earlier = "SELECT queueid, body_digest, owner, response FROM messages WHERE key=?"
-        found = db.execute(earlier, (item.key,)).fetchone()
-        if found:
-            return found
+        sql = "SELECT queueid, body_digest, owner, response FROM messages WHERE key=?"
+        if earlier := db.execute(sql, (item.key,)).fetchone():
+            return earlier
     octets, flags = b"".join(item.message.parts), item.message.needs_8bitmime + 2 * item.message.needs_smtputf8
-    owner, created_at = slot if leased or results else None, item.created_at
+    owner = slot if leased or results else None
     message = insert(
         db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
-        created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
+        created_at=item.created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
         body_digest=item.body_digest, size=len(octets), octets=octets,
         parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
     )  # fmt: skip
-    starts_at = max(created_at, item.send_at)  # the lifetime counts from then
+    starts_at = max(item.created_at, item.send_at)  # the lifetime counts from then
     due = starts_at if owner is None else None
     state = {"message": message, "state": "open", "created_at": starts_at, "due": due, "owner": owner}
     for recipient in item.recipients:
         insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
     if results:  # their attempts took a while
-        finish_request(db, slot, item.queueid, results, None, max(time.time(), created_at))
+        finish_request(db, slot, item.queueid, results, None, max(time.time(), item.created_at))
     return None
 
 
 def enqueue_all(db: Any, slot: int, items: list, response: str | None) -> Any:
     """Store the mails of a request and its response; or return the earlier mail with the key of the first."""
-    earlier = enqueue(db, slot, items[0], None)
+    earlier = enqueue(db, slot, items[0])
     if not earlier:
         for item in items[1:]:
-            enqueue(db, slot, item, None)
+            enqueue(db, slot, item)
         finish_request(db, slot, items[0].queueid, [], response, items[0].created_at)
     return earlier
 
@@ -6901,33 +6198,28 @@ def insert(db: Any, table: str, **values: Any) -> int:
 
 def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
     """Record the results of a mail's first attempts, and the response to its client."""
-    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not message:  # the file was replaced meanwhile
-        return
-    rows = db.execute("SELECT id FROM recipients WHERE message=? ORDER BY id", (message["id"],)).fetchall()
-    for row, result in zip(rows, results):
+    sql = "SELECT r.id FROM recipients r JOIN messages m ON m.id=r.message WHERE queueid=? ORDER BY r.id"
+    for row, result in zip(db.execute(sql, (queueid,)).fetchall(), results):
         finish_attempt(db, slot, row["id"], result, now)
-    db.execute("UPDATE messages SET owner=NULL, response=? WHERE id=?", (response, message["id"]))
+    db.execute("UPDATE messages SET owner=NULL, response=? WHERE queueid=?", (response, queueid))
 
 
 def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: float) -> None:
     """Record the result of an attempt and what reports it; ends the lease."""
-    sql = "SELECT message, destination, history FROM recipients WHERE id=? AND owner=?"
-    row = db.execute(sql, (row_id, slot)).fetchone()
+    row = db.execute("SELECT * FROM recipients WHERE id=? AND owner=?", (row_id, slot)).fetchone()
     if not row:  # the file was replaced meanwhile
         return
-    state, pause = result.disposition
+    due = now + result.pause if result.state == "open" else None
     history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
+    attempts, destination = row["attempts"] + bool(result.reply), result.destination or row["destination"]
     db.execute(
-        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, interruptions=0,"
-        " history=? WHERE id=?",
-        (result.destination or row["destination"], state, now + pause if state == "open" else None,
-         result.reply is not None, history, row_id),
+        "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=?, interruptions=?, history=?, destination=?"
+        " WHERE id=?", (result.state, due, attempts, result.interruptions, history, destination, row_id)
     )  # fmt: skip
-    if state != "open":
+    if result.state in ("delivered", "failed"):
         close_recipients(db, row["message"], 1, now)
     for item in result.follow_ups:
-        enqueue(db, slot, item, None)
+        enqueue(db, slot, item)
 
 
 def close_recipients(db: Any, message: int, count: int, now: float) -> None:
@@ -6952,90 +6244,69 @@ def parse_history(history: str) -> tuple:
     ])  # fmt: skip
 
 
-def lease_due(
-    db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired_before: float
-) -> list:
-    """Lease what is due to this process: up to `limit` of each destination, less those in flight.
-
-    `throttled` is {destination: failures}; of these only what flush_queue() made due, and what was created before
-    `expired_before` and needs no more attempts.
-    """
-    free, leased = MAX_ACTIVE - sum(in_flight.values()), []
+def lease_due(db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired: float) -> list:
+    """Lease what is due to this process: up to `limit` of each destination, less those in flight. `throttled` is
+    {destination: failures}; of these only what flush_queue() made due, and what was created before `expired` and needs
+    no more attempts."""
+    free, leased, destination = MAX_ACTIVE - sum(in_flight.values()), [], ""
     suspect = db.execute(SUSPECT_SQL, (MAX_INTERRUPTIONS - 1,)).fetchone()[0]
-    for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
+    while destination := db.execute(NEXT_SQL, (destination,)).fetchone()[0]:
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
             continue
         rows = db.execute(DUE_SQL, (destination, 0 if destination in throttled else now, count)).fetchall()
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
-            rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
-        for row_id, interruptions in dict(map(tuple, rows)).items():
+            rows += db.execute(EXPIRED_SQL, (destination, expired, attempts, MAX_EXPIRED)).fetchall()
+        for row_id, interruptions, is_expired in {row["id"]: row for row in rows}.values():
             if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
                 suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
-                leased += lease(db, slot, row_id)
+                leased.append(lease(db, slot, row_id, is_expired))
         free -= len(rows)
     return leased
 
 
-def lease(db: Any, slot: int, row_id: int) -> list:
-    """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
-    row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, r.created_at, parts, as_written, recipient, number, destination,"
-        " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
-    ).fetchone()  # fmt: skip
-    try:
-        history, parts = parse_history(row["history"]), json.loads(row["parts"])
-        flags, *lengths = [part for part in parts if type(part) is int]
-    except (ValueError, TypeError):
-        log_exception(row["queueid"])
-        db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
-        return []
+def lease(db: Any, slot: int, row_id: int, is_expired: int) -> LeasedRecipient:
     db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
-    octets = io.BytesIO(row["octets"])
-    dsn = tuple([part for part in parts if type(part) is str])  # absent in files of older versions
-    message = Message(
-        tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn or DEFAULT_DSN
-    )
-    return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
+    row = db.execute(
+        "SELECT r.*, queueid, kind, sender, login, parts, octets"
+        " FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
+    ).fetchone()  # fmt: skip
+    history, octets, parts = parse_history(row["history"]), io.BytesIO(row["octets"]), json.loads(row["parts"])
+    flags, *lengths = [part for part in parts if type(part) is int]
+    dsn = tuple([part for part in parts if type(part) is str]) or DEFAULT_DSN  # absent in files of older versions
+    message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn)
+    item = QueueItem(row["queueid"], row["kind"], row["sender"], row["login"], row["created_at"], message)
+    to = NewRecipient(*[row[name] for name in NewRecipient._fields])
+    return LeasedRecipient(row_id, item, to, row["attempts"], history, bool(is_expired and history))
 
 
 def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
-    """Release the leases of processes that have ended; `queue_db` opens its lock file with its first transaction."""
-    locks = queue_db.locks
+    """Release the leases of processes that have ended; `queue_db` has the lock file."""
     sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
     for (owner,) in db.execute(sql, (slot,)).fetchall():
-        if lock_byte(locks, owner):  # its process is gone
-            release_leases(db, owner, queue_db.settings, now)
-            fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # a process that takes the slot now waits for this commit
+        try:
+            fcntl.lockf(queue_db.locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
+        except OSError:  # it lives
+            continue
+        release_leases(db, owner, queue_db.settings, now)
+        fcntl.lockf(queue_db.locks, fcntl.LOCK_UN, 1, owner)
 
 
-def release_leases(
-    db: Any, owner: int, settings: QueueSettings, now: float, condition: str = "", lease: Any = None
-) -> None:
-    """End the slot's leases, or those that a row of LEASE_CONDITIONS selects; their mail may have been sent."""
+def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, where: str = "", *values: Any) -> None:
+    """End the leases of a slot, or those that an SQL condition selects; their mail may have been sent."""
     reply = make_reply("interrupted", mailer="Queue")
-    rows = db.execute(
-        "SELECT r.*, m.queueid FROM recipients r"
-        f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
-    ).fetchall()  # fmt: skip
-    for row in rows:
-        held = row["interruptions"] + 1 >= MAX_INTERRUPTIONS
+    sql = f"SELECT r.*, m.queueid FROM recipients r JOIN messages m ON m.id=r.message WHERE r.owner=?{where}"
+    for row in db.execute(sql, (owner, *values)).fetchall():
+        count = row["interruptions"] + 1
+        held = count >= MAX_INTERRUPTIONS
         what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
         text, status = f"delivery interrupted, the mail may arrive twice; {what}", "held" if held else "deferred"
         log.event("warning", "interrupted", text, queueid=row["queueid"], to=[row["recipient"]], status=status)
-        pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
-        db.execute(
-            "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=attempts+1, interruptions=interruptions+1,"
-            " history=? WHERE id=?",
-            ("held" if held else "open", None if held else now + pause, add_attempt(row["history"], now, reply),
-             row["id"]),
-        )  # fmt: skip
+        pause = attempt_result(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
+        result = AttemptResult(reply, "held" if held else "open", pause, interruptions=count)
+        finish_attempt(db, owner, row["id"], result, now)
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
-
-
-# {operation that ends leases: SQL that selects them by its first value}: if it fails by a bug, they are released
-LEASE_CONDITIONS = {finish_attempt: " AND r.id=?", finish_request: " AND m.queueid=?"}
 
 
 def purge(db: Any, slot: int, now: float) -> None:
@@ -7075,8 +6346,7 @@ def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits (but not for `send_at`), or all that waits or is held of one mail, due now, even if throttled;
-    return how many recipients."""
+    """Make what waits (not for `send_at`), or waits or is held of one mail, due now; return how many recipients."""
     if not queueid:
         return db.execute("UPDATE recipients SET due=0 WHERE due>=0 AND created_at<=?", (time.time(),)).rowcount
     sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
@@ -7088,10 +6358,8 @@ def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
     message = message_status(db, slot, queueid)
     if message and any(row["state"] == "sending" for row in message["recipients"]):
         return Rejected(make_reply("queue-sending"))
-    count = db.execute(
-        f"UPDATE recipients SET state='dropped', due=NULL WHERE {WAITING_OF_MESSAGE}", (queueid,)
-    ).rowcount
-    if count:
+    sql = f"UPDATE recipients SET state='dropped', due=NULL WHERE {WAITING_OF_MESSAGE}"
+    if count := db.execute(sql, (queueid,)).rowcount:
         close_recipients(db, message["id"], count, now)
     return count
 
@@ -7106,24 +6374,16 @@ def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None
 # -- The process that delivers
 
 
-class Throttle(NamedTuple):
-    """Destination to which nothing can be sent for now."""
-
-    until: float  # time.monotonic()
-    failures: int  # in a row
-
-
 class QueueManager:
     """Delivers what is due: a few at a time to each destination, so that an unreachable host delays no other."""
 
     def __init__(self, app: Any, wake_socket: socket.socket) -> None:
         self.app, self.db, self.wake_socket = app, app.queue, wake_socket
-        self.in_flight: dict = {}  # destination: number of deliveries
+        self.in_flight: Counter = Counter()  # deliveries by destination
         self.settings: Settings | None = None  # those of the latest _schedule()
-        self.throttled: dict = {}  # destination: Throttle
+        self.throttled: dict = {}  # destination: (time.monotonic() of its end, failures in a row)
 
     async def run(self) -> None:
-        """Deliver until the server stops."""
         self.wake_socket.setblocking(False)
         wakeups, checked_at, clock_offset = AsyncSocket(self.wake_socket), 0.0, float("inf")
         while not self.app.stopping:
@@ -7144,103 +6404,87 @@ class QueueManager:
                 await asyncio.sleep(1.0)
 
     async def _schedule(self, now: float) -> None:
-        """Start to deliver what is due."""
-        settings = self.app.settings
+        settings, monotonic = self.app.settings, time.monotonic()
         if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        monotonic = time.monotonic()
-        throttled = {key: found.failures for key, found in self.throttled.items() if found.until > monotonic}
-        self.in_flight = {destination: count for destination, count in self.in_flight.items() if count}
-        expired_before = now - settings.queue.lifetime
-        limits = settings.smtpd.max_workers, dict(self.in_flight), throttled, expired_before
+        throttled = {key: failures for key, (until, failures) in self.throttled.items() if until > monotonic}
+        self.in_flight = +self.in_flight  # without those that have none
+        limits = settings.smtpd.max_workers, self.in_flight.copy(), throttled, now - settings.queue.lifetime
         for leased in await self.db.do(lease_due, now, *limits):
-            self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
-            expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
-            expired = expired and leased.attempts + throttled[leased.destination] >= MIN_ATTEMPTS  # with other mails'
-            asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
+            self.in_flight[leased.to.destination] += 1
+            asyncio.get_running_loop().create_task(self._deliver(leased))
 
-    async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
+    async def _deliver(self, leased: LeasedRecipient) -> None:
         """Attempt a delivery; end the lease if its result can't be recorded because of a bug."""
         try:
-            await self._attempt_and_record(leased, expired)
+            await self._attempt_and_record(leased)
         except Exception:  # nobody else would end the lease
-            log_exception(leased.queueid)
-            await self.db.release(finish_attempt, leased.id)
+            log_exception(leased.item.queueid)
+            lease = self.db.settings, time.time(), " AND r.id=?", leased.id
+            await self.db.do_eventually(release_leases, *lease)
         finally:
-            self.in_flight[leased.destination] -= 1
+            self.in_flight[leased.to.destination] -= 1
         self.db.wake_manager()
 
-    async def _attempt_and_record(self, leased: LeasedRecipient, expired: bool) -> None:
-        """Make an attempt and record its result; if the mail has expired, record a failure without an attempt."""
-        settings, destination = self.app.settings, ""
-        if expired:
-            reply, disposition = leased.history[-1].reply, Disposition("failed")
+    async def _attempt_and_record(self, leased: LeasedRecipient) -> None:
+        """Make an attempt, log and record its result; if the mail has expired, that of the last attempt is final."""
+        settings, item = self.app.settings, leased.item
+        if leased.expired:
+            reply, result = leased.history[-1].reply, AttemptResult(None, "failed")
         else:
             reply, destination = await self._attempt(leased, settings)
-            leased = leased._replace(attempts=leased.attempts + 1)
-            age = time.time() - leased.created_at
-            disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
-            self._throttle(leased.destination, reply, settings.queue)
-        now = time.time()
-        log_attempt(leased, reply, disposition, settings, now)
-        outcome = {"delivered": "accepted", "failed": "failed", "open": "deferred"}[disposition.state]
-        if leased.kind == "event":
-            metrics.add("haineko_webhook_events_total", outcome.replace("accepted", "delivered"))
+            leased, age = leased._replace(attempts=leased.attempts + 1), time.time() - item.created_at
+            result = attempt_result(reply, leased.attempts, age, random_unit(), settings.queue)
+            result = result._replace(destination=destination)
+            self._throttle(leased.to.destination, reply, settings.queue)
+        now, state, relay = time.time(), result.state, (reply.mailer or "")
+        note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
+        note += "; may arrive twice" if reply.maybe_delivered else ""
+        status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[state]
+        fields = {"queueid": item.queueid, "from": item.sender, "to": [leased.to.recipient]}
+        log_reply("attempt", reply, status, max(now - item.created_at, 0), note, **fields)
+        if item.kind == "event":
+            metrics.add("haineko_webhook_events_total", "deferred" if state == "open" else state)
         else:
-            outcome = "unsure" if outcome == "deferred" and reply.maybe_delivered else outcome
-            relay = "File" if (reply.mailer or "").startswith("/") else reply.mailer
-            metrics.add("haineko_recipients_total", relay if relay in RELAYS else "other", outcome)
-        follow_ups = notifications(leased, reply, disposition.state, settings, now)
-        result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
+            outcome = {"delivered": "accepted", "failed": "failed"}.get(state)
+            outcome = outcome or ("unsure" if reply.maybe_delivered else "deferred")
+            relay = "File" if relay.startswith("/") else relay if relay in RELAYS else "other"
+            metrics.add("haineko_recipients_total", relay, outcome)
+        result = result._replace(follow_ups=notifications(leased, reply, state, settings, now))
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
         """Return the reply to an attempt and its destination, by the settings that are in force now."""
-        try:
-            if leased.kind == "event":
-                return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
-            to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-            if (redirect := settings.smtpd.redirect) and leased.recipient not in redirect:  # from before, or a bounce
-                to = parse_address(redirect[0])
-            sandbox = leased.destination == destination_key(SANDBOX_ROUTE, "")
-            sender_domain = sender.domain if sender else ""
-            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender_domain, settings)[0]
-            envelope = leased.queueid, leased.sender, (to.addr_spec,), leased.message, leased.number, settings.dkim
-            result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
-            return result.replies[0], destination_key(route, to.domain)
-        except Exception:
-            log_exception(leased.queueid)
-            return make_reply("relay-fault", mailer="Queue"), ""
+        item, recipient = leased.item, leased.to.recipient
+        if item.kind == "event":
+            return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
+        redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
+        elsewhere = redirect and recipient not in redirect  # mail from before, or a bounce
+        to = parse_address(redirect[0] if elsewhere else recipient)
+        sandbox = leased.to.destination == destination_key(SANDBOX_ROUTE, "")
+        route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
+        envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
+        result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
+        return result.replies[0], destination_key(route, to.domain)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """Throttle a destination after a failure to open a session, for the third pause at most: new mail waits too."""
-        throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
+        (until, failures), now = self.throttled.get(destination, (0.0, 0)), time.monotonic()
         if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
             self.throttled.pop(destination, None)
-        elif throttle.until <= now:
-            failures = throttle.failures + 1
-            pause = next_disposition(reply, min(failures, 3), 0, random_unit(), settings).pause
-            self.throttled[destination] = Throttle(now + pause, failures)
+        elif until <= now:
+            pause = attempt_result(reply, min(failures + 1, 3), 0, random_unit(), settings).pause
+            self.throttled[destination] = now + pause, failures + 1
 
 
-def log_attempt(
-    leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
-) -> None:
-    """Log one line for each attempt."""
-    status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state]
-    fields = {"queueid": leased.queueid, "from": leased.sender, "to": [leased.recipient], "relay": reply.relay}
-    fields.update({"fallback": reply.fallback, "delay": max(now - leased.created_at, 0), "code": reply.code})
-    fields.update({"dsn": reply.dsn, "status": status})
-    notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
-    notes += "; may arrive twice" if reply.maybe_delivered else ""
-    if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
-        notes += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
-    log.event(level_of(status), "attempt", sanitize(" ".join(reply.message), 500) + notes, **fields)
-
-
-def level_of(status: str) -> str:
-    """Return the level of a log line by its status=."""
-    return "warning" if status in ("deferred", "bounced") else "info"
+def log_reply(event: str, reply: Reply, status: str, delay: float | None, note: str = "", **fields: Any) -> None:
+    """Log a reply with the keys of Postfix's; `fields` come first in the line."""
+    refused = reply.origin == "policy"
+    text = sanitize(("; " if refused else " ").join(reply.message), 500)
+    text += "" if refused or reply.accepted else f" (in reply to {reply.command})"
+    more = {"relay": reply.relay, "delay": delay, "fallback": reply.fallback, "code": reply.code, "dsn": reply.dsn}
+    level = "warning" if status in ("deferred", "bounced") else "info"
+    log.event(level, event, text + note, **fields, **more, status=status)
 
 
 # ======================================================================================================================
@@ -7253,12 +6497,7 @@ MAX_REPORTED_ERRORS = 10
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
 MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
-NOT_ASCII = REPLIES["rcpt-ascii"][4]
-HEADERS_OF_STATUS = {
-    401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
-    409: (("Retry-After", "2"),),
-}
-DEFAULT_RETRY_AFTER = 60  # seconds
+LEAST_RETRY_AFTER = {409: 2, 429: 1, 503: 60}  # seconds by HTTP status
 ctime = functools.lru_cache(maxsize=2)(time.ctime)
 MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
@@ -7266,13 +6505,10 @@ MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue s
 class App:
     """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
-    def __init__(
-        self, settings: Settings, wake_socket: socket.socket | None = None, limits: SharedLimits | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, wake_socket: Any = None, limits: SharedLimits | None = None) -> None:
         self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
-        self.update_gauges: Callable = int  # replaced by Worker.update_gauges()
         self.queue = QueueDB(settings.queue, wake_socket) if settings.queue else None
         self.apply(settings)
 
@@ -7290,8 +6526,6 @@ class App:
 
 
 class Response(NamedTuple):
-    """An HTTP response."""
-
     status: int
     body: bytes
     headers: tuple = ()  # of (name, value)
@@ -7319,7 +6553,7 @@ class Mail(NamedTuple):
         """Return a reply if no recipient was accepted, else None; one of status 503 comes first."""
         if len(self.refused) < len(self.replies):
             return None
-        to, reply = min(self.refused.items(), key=lambda item: (item[1].status or http_status(item[1:])) != 503)
+        to, reply = min(self.refused.items(), key=lambda item: http_status(item[1:]) != 503)
         return reply if to is None else reply._replace(message=(f"{to}: {reply.message[0]}", *reply.message[1:]))
 
     def add_replies(self, replies: list) -> None:
@@ -7335,39 +6569,39 @@ async def submit(request: Request, app: App) -> Response:
     settings, queueid = request.settings or app.settings, new_queueid(request.now)
     mail = await prepare(request, parse_submission, request.body, settings, queueid)
     if not mail.transactions:
-        return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
+        return respond(request, mail)
     if mail.submission.dry_run:
         return await answer_dry_run(request, mail, settings)
     try:
         if mail.is_async or mail.key:  # it is stored before anything is sent
             item = new_item(request, mail)
-            if earlier := await app.queue.add(item, leased=not mail.is_async):
+            if earlier := await app.queue.add(enqueue, item, None, not mail.is_async):
                 return await replay_response(request, mail, earlier, app)
+        results: list = []
         if mail.is_async:
             announce_queued(request, [item], app)
-            replies, attempts = [queued_reply(queueid)] * len(mail.accepted), []
+            replies = [queued_reply(queueid)] * len(mail.accepted)
         else:
-            results = await deliver(mail.transactions, app.transport, settings)
-            replies, attempts = log_results(request, results), []
+            replies = log_results(request, await deliver(mail.transactions, app.transport, settings))
             if app.queue:
-                replies, attempts = await queue_deferred(request, mail, replies, settings, app)
+                replies, results = await queue_deferred(request, mail, replies, settings, app)
         count_recipients(mail.transactions, replies)
         mail.add_replies(replies)
-        response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
+        response = respond(request, mail)
         if mail.key:
-            await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+            await app.queue.do_eventually(finish_request, queueid, results, serialize_response(response), time.time())
         return response
     except Rejected as error:
-        return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
+        return respond(request, mail._replace(replies={None: error.reply}))
     except Exception:  # a bug: what this request has leased is left to the queue
         if app.queue:
-            await app.queue.release(finish_request, queueid)
+            lease = app.queue.settings, time.time(), " AND m.queueid=?", queueid
+            await app.queue.do_eventually(release_leases, *lease)
         raise
 
 
 async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> Mail:
-    """Parse, check, compose and plan a mail; parse(body) returns a SubmissionResult. What takes long runs in a thread,
-    or other requests would have to wait."""
+    """Parse, check, compose and plan a mail, in a thread if it takes long; parse(body) returns a SubmissionResult."""
     submission = None
     try:
         values = request, parse, body, settings
@@ -7460,8 +6694,7 @@ async def answer_dry_run(request: Request, mail: Mail, settings: Settings) -> Re
     mail.add_replies(replies)
     octets = (await sign_transaction(mail.transactions[0])).octets()
     raw = octets.decode() if is_utf8(octets) else {"base64": base64.b64encode(octets).decode()}
-    values = http_status(mail.replies.values()), mail.replies, mail.queueid, mail.submission
-    return answer_document(request, *values, message_octets=len(octets), raw=raw)
+    return respond(request, mail, message_octets=len(octets), raw=raw)
 
 
 def describe_route(route: Route) -> str:
@@ -7474,34 +6707,27 @@ def describe_route(route: Route) -> str:
     return where + tls + login
 
 
-def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """Return the response; log each refusal before delivery."""
-    refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
-    if refused:
-        log_rejection(request, queueid, submission, refused)
-    return answer_document(request, status, replies, queueid, submission)
-
-
-def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
+def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
     """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
     for reply in refused.values():
         metrics.add("haineko_rejections_total", reply.slug)
+    submission = mail.submission
     listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
-    sender = submission.mail if submission else None
+    fields = {"queueid": mail.queueid or "-", **request.log_fields(), "from": submission and submission.mail}
+    fields["to"] = listed[:20] or None  # the line is cut anyway
     for reply in dict.fromkeys(refused.values()):
-        log_reply(request, queueid, sender, listed[:20], reply)  # the line is cut anyway
+        log_reply("rejection", reply, reply.log_status, None, **fields)
 
 
 def queue_options(request: Request, submission: Submission, settings: Settings) -> tuple:
-    """Return (whether to answer at once, digest of login, path and Idempotency-Key or None); raise Rejected for what
-    needs a queue if there is none."""
+    """Return (whether to answer at once, digest of login, path and Idempotency-Key or None). Both need a queue."""
     key, later = request.headers.get("idempotency-key"), submission.send_at is not None
     if not settings.queue:
         asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
         if any(asked.values()):  # to ignore them would be unsafe; Prefer may be ignored
             raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
         return False, None
-    is_async = later or submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    is_async = later or submission.async_ or prefers_async(request)
     if key is None:
         return is_async, None
     found = IDEMPOTENCY_KEY.fullmatch(key)
@@ -7511,20 +6737,20 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
     return is_async, hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
 
 
-def prefers_async(value: str) -> bool:
+def prefers_async(request: Request) -> bool:
     """Return True if a Prefer header asks for respond-async (RFC 7240 4.1)."""
-    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
+    preferences = request.headers.get("prefer", "").split(",")
+    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in preferences)
 
 
-def new_item(request: Request, mail: Mail) -> NewQueueItem:
-    """Return the mail as the queue stores it."""
+def new_item(request: Request, mail: Mail) -> QueueItem:
     first, mailboxes, recipients = mail.transactions[0], iter(mail.accepted), []
     for transaction in mail.transactions:
         for to, mailbox in zip(transaction.recipients, mailboxes):  # both in the order of the transactions
             destination = destination_key(transaction.route, mailbox.domain)
             recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
     envelope = first.queueid, "mail", first.sender, request.login, request.now, first.message
-    return NewQueueItem(*envelope, tuple(recipients), mail.key, mail.body_digest, mail.submission.send_at or 0.0)
+    return QueueItem(*envelope, tuple(recipients), mail.key, mail.body_digest, mail.submission.send_at or 0.0)
 
 
 def announce_queued(request: Request, items: list, app: App) -> None:
@@ -7540,29 +6766,27 @@ async def queue_deferred(request: Request, mail: Mail, replies: list, settings: 
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
     if not (mail.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now, results = new_item(request, mail), time.time(), []
-    for recipient, reply in zip(item.recipients, replies):
-        disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
-        reports: tuple = ()  # only a delay is reported, since the response has the others
-        if disposition.state == "open":
-            reports = notifications(first_lease(item, recipient), reply, "open", settings, now)
-        results.append(AttemptResult(reply, disposition, reports))
-    waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
+    item, now = new_item(request, mail), time.time()
+    results = [attempt_result(reply, 1, 0.0, random_unit(), settings.queue) for reply in replies]
+    waiting = [i for i, result in enumerate(results) if result.state == "open"]
+    for i in waiting:  # only a delay is reported, since the response has the others
+        leased = LeasedRecipient(0, item, item.recipients[i], attempts=1)
+        results[i] = results[i]._replace(follow_ups=notifications(leased, replies[i], "open", settings, now))
     if not mail.key:  # with one it is in the file already
         part = item._replace(recipients=tuple([item.recipients[i] for i in waiting]))
         try:
-            await app.queue.add(part, [results[i] for i in waiting])
+            await app.queue.add(enqueue, part, [results[i] for i in waiting])
         except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
     for i in waiting:
         unsure = "; may arrive twice" if replies[i].maybe_delivered else ""
-        text = f"queued; next attempt in {results[i].disposition.pause:.0f} s{unsure}"
+        text = f"queued; next attempt in {results[i].pause:.0f} s{unsure}"
         log.event("info", "queued", text, queueid=item.queueid, to=[item.recipients[i].recipient], status="deferred")
         replies[i] = queued_reply(item.queueid, replies[i])
     return replies, results
 
 
-async def replay_response(request: Request, mail: Mail, earlier: tuple, app: App) -> Response:
+async def replay_response(request: Request, mail: Mail, earlier: Any, app: App) -> Response:
     """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
     queueid, answered = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != mail.body_digest:
@@ -7572,20 +6796,12 @@ async def replay_response(request: Request, mail: Mail, earlier: tuple, app: App
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         rows = {row["as_written"]: row for row in (await app.queue.do(message_status, queueid))["recipients"]}
         mail.add_replies([current_reply(queueid, rows[mailbox.as_written]) for mailbox in mail.accepted])
-        response = answer_document(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
-        answered = serialize_response(response)
+        answered = serialize_response(respond(request, mail._replace(queueid=queueid)))
         await app.queue.do(finish_request, queueid, [], answered, request.now)
     return stored_response(answered)
 
 
-def first_lease(item: NewQueueItem, recipient: NewRecipient) -> LeasedRecipient:
-    """Return a recipient as after its first attempt, which was made outside the queue."""
-    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
-    return LeasedRecipient(0, *envelope, *recipient, attempts=1)
-
-
 def serialize_response(result: Response) -> str:
-    """Return a response as the queue stores it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
@@ -7604,11 +6820,8 @@ def current_reply(queueid: str, row: Any) -> Reply:
 def plan_transactions(
     submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
 ) -> tuple:
-    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, else each.
-
-    By MX a shared mail has one for each domain. Raise Rejected for commands of cloud relays that a route does not let a
-    client send.
-    """
+    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, by MX one
+    each domain; else each. Raise Rejected for commands of cloud relays that a route does not let a client send."""
     groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
     accepted = [parse_address(to) for to in settings.smtpd.redirect] or accepted
     for i, mailbox in enumerate(accepted):
@@ -7640,8 +6853,7 @@ async def deliver(transactions: list, transport: TransportContext, settings: Set
 
 
 async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction, and again as its route says for the recipients that failed temporarily; the replies have
-    the SMTP dialogue if it is traced."""
+    """Attempt a transaction, and again as its route says for recipients that failed temporarily; trace it if asked."""
     if transaction.trace:
         log.trace.set(lines := [])
     result, route = await attempt_transaction(transaction, transport), transaction.route
@@ -7663,15 +6875,15 @@ async def run_transaction(transaction: Transaction, transport: TransportContext)
 
 
 def http_status(replies: Any) -> int:
-    """Return the HTTP status of a submission that went to its relays."""
-    replies = list(replies)
     accepted = [reply.accepted for reply in replies]
     if all(accepted):
         return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
-    if all(reply.status == 400 or (reply.dsn == "5.6.7" and reply.message[0] == NOT_ASCII) for reply in replies):
-        return 400  # the addresses are wrong, even if it took the next server to tell
+    not_ascii = REPLIES["rcpt-ascii"][4]  # the address is wrong, even if it took the next server to tell
+    statuses = {400 if reply.dsn == "5.6.7" and reply.message[0] == not_ascii else reply.status for reply in replies}
+    if len(statuses) == 1 and statuses != {0}:
+        return statuses.pop()
     return 503 if any(reply.temporary for reply in replies) else 502
 
 
@@ -7681,39 +6893,26 @@ def log_results(request: Request, results: list) -> list:
         by_reply: dict = {}
         for to, reply in zip(transaction.recipients, replies):
             by_reply.setdefault(reply, []).append(to)
+        fields = {"queueid": transaction.queueid, **request.log_fields(), "from": transaction.sender}
         for reply, recipients in by_reply.items():
             step = 8 if len(recipients) <= 8 else MAX_TO // max([len(to.encode()) + 3 for to in recipients])
             for i in range(0, len(recipients), step):
                 to = recipients[i : i + step]
-                log_reply(request, transaction.queueid, transaction.sender, to, reply, ms / 1000)
+                log_reply("delivery", reply, reply.log_status, ms / 1000, **fields, to=to)
     return [reply for result in results for reply in result.replies]
 
 
-def log_reply(
-    request: Request, queueid: str | None, sender: str | None, to: list, reply: Reply, delay: float | None = None
-) -> None:
-    """Log a reply with the keys of Postfix's."""
-    is_refusal = reply.origin == "policy"
-    at = "" if reply.accepted or is_refusal else f" (in reply to {reply.command})"
-    log.event(
-        level_of(reply.log_status), "rejection" if is_refusal else "delivery",
-        sanitize(("; " if is_refusal else " ").join(reply.message), 500) + at,
-        queueid=queueid or "-", **request.log_fields(), **{"from": sender}, to=to or None, relay=reply.relay,
-        delay=delay if reply.mailer else None, fallback=reply.fallback, code=reply.code, dsn=reply.dsn,
-        status=reply.log_status,
-    )  # fmt: skip
-
-
-def answer_document(
-    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None, **more: Any
-) -> Response:
-    """Return the response; `replies` is {recipient, None if none is meant: Reply}, `more` are further keys."""
-    accepted = [to for to, reply in replies.items() if to is not None and reply.origin != "policy"]
+def respond(request: Request, mail: Mail, **more: Any) -> Response:
+    """Return the response, with `more` keys; log each refusal before delivery."""
+    refused = {to: reply for to, reply in mail.replies.items() if reply.origin == "policy"}
+    if refused:
+        log_rejections(request, mail, refused)
+    submission, status = mail.submission, http_status(mail.replies.values())
     document = {
-        "queueid": queueid,
+        "queueid": mail.queueid,
         "addresser": submission.mail if submission else None,
-        "recipient": accepted if submission else None,
-        "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
+        "recipient": [to for to in mail.replies if to is not None and to not in refused] if submission else None,
+        "response": [reply_to_dict(to, reply) for to, reply in mail.replies.items()],
         "remoteaddr": str(request.client) if request.client else None,
         "remoteport": request.port,
         "useragent": echoed_header(request, "user-agent"),
@@ -7721,43 +6920,39 @@ def answer_document(
         "timestamp": time_to_dict(request.now),
         **more,
     }
-    headers = answer_headers(request, status, queueid, replies)
-    return Response(status, encode_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
+    return json_response(document, status, answer_headers(request, status, mail.queueid, mail.replies))
 
 
 def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
+    """Return header fields; of a rate those of draft-ietf-httpapi-ratelimit-headers-10 and those known before."""
+    headers = {}
     if status == 202:
-        applied = prefers_async(request.headers.get("prefer", ""))
-        return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
-    if status == 429:
-        return (("Retry-After", str(max(reply.retry_after for reply in replies.values()))),)
-    if status == 503:
-        seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
-        return (("Retry-After", str(seconds)),)
-    return HEADERS_OF_STATUS.get(status, ())
-
-
-def rate_headers(rate: Rate, state: RateState) -> tuple:
-    """Return the fields of draft-ietf-httpapi-ratelimit-headers-10, and those that clients knew before."""
-    left, reset = state.remaining, math.ceil(state.reset)
-    return (
-        ("RateLimit-Policy", f'"default";q={rate.limit};w={rate.seconds}'),
-        ("RateLimit", f'"default";r={left};t={reset}'),
-        *zip(("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset"), map(str, (rate.limit, left, reset))),
-    )
+        headers["Location"] = f"/queue/{queueid}"
+        if prefers_async(request):
+            headers["Preference-Applied"] = "respond-async"
+    elif status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="Haineko", charset="UTF-8"'
+    elif status in LEAST_RETRY_AFTER:
+        seconds = max([LEAST_RETRY_AFTER[status], *[reply.retry_after for reply in replies.values()]])
+        headers["Retry-After"] = str(seconds)
+    if request.rate:
+        rate, state = request.rate
+        left, reset = state.remaining, math.ceil(state.reset)
+        headers["RateLimit-Policy"] = f'"default";q={rate.limit};w={rate.seconds}'
+        headers["RateLimit"] = f'"default";r={left};t={reset}'
+        older = {"ratelimit-limit": rate.limit, "ratelimit-remaining": left, "ratelimit-reset": reset}
+        headers.update({name: str(value) for name, value in older.items()})
+    return tuple(headers.items())
 
 
 def time_to_dict(seconds: float | None) -> dict | None:
-    """Return a time as answers show it."""
     return None if seconds is None else {"datetime": ctime(int(seconds)), "unixtime": str(int(seconds))}
 
 
 def echoed_header(request: Request, name: str) -> str | None:
     """Return the start of a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
     value = request.headers.get(name)
-    if value is None or value.isascii():
-        return value and value[:MAX_ECHO]
-    return value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
+    return value and value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
 
 
 def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
@@ -7775,64 +6970,57 @@ OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charse
 
 
 class Provider(NamedTuple):
-    """A provider's endpoint."""
-
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
-    answer: Callable  # ([Mail, ...], mails, dry_run) -> Response or document
+    answer: Callable  # ([Mail, ...], their JSON values, dry_run) -> Response or document
     error: Callable  # (reply, request) -> (HTTP status, document)
-    read: Callable = lambda document, limit: [document]  # returns the mails
-    limit: int = 1  # mails of a request
-    permissive: bool = False  # a refused mail does not stop the others
-    is_test: Callable = lambda document, request: False  # everything is checked, nothing sent
+    read: Callable = lambda document: [document]  # returns the mails
+    is_test: Callable = lambda document: False  # everything is checked, nothing sent; see is_postmark_test() as well
+    is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
 
 
 async def answer_provider(request: Request, app: App) -> Response:
     """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
-    settings, provider = request.settings or app.settings, PROVIDER_ENDPOINTS[request.path]
-    document, digest = await asyncio.to_thread(parse_call, request)
-    mails, prepared, octets = provider.read(document, provider.limit), [], 0
-    for mail in mails:
-        prepared.append(await prepare_provider_mail(request, mail, provider, settings))
-        octets += request.message_size if prepared[-1].transactions else 0
-        if octets > MAX_CALL:  # SendGrid's mails share their attachments
-            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
-    ready, dry_run = [mail for mail in prepared if mail.transactions], provider.is_test(document, request)
-    permissive = provider.read is read_batch and (
-        provider.permissive or request.headers.get("x-batch-validation", "").lower() == "permissive"
-    )
+    settings, provider = request.settings, PROVIDER_ENDPOINTS[request.path]
+    try:
+        document = await asyncio.to_thread(parse_json, request.body)
+    except ValueError as error:
+        raise Rejected(make_reply("json", sanitize(str(error)))) from None
+    mails, dry_run = provider.read(document), provider.is_test(document) or is_postmark_test(request)
+    prepared = await prepare_mails(request, mails, provider, settings)
+    ready, permissive = [mail for mail in prepared if mail.transactions], provider.is_permissive(request)
     for mail in prepared:
         if mail.error and not permissive:
             return provider_error(mail.error, request)
-    if not (app.queue or dry_run):
-        await deliver_mails(request, ready, settings, app)
+    if app.queue or dry_run:
+        for mail in ready:
+            mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
+    else:
+        results = iter(await deliver([one for mail in ready for one in mail.transactions], app.transport, settings))
+        for mail in ready:
+            replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
+            count_recipients(mail.transactions, replies)
+            mail.add_replies(replies)
         if all(mail.error for mail in prepared) and not permissive:
             return provider_error(prepared[0].error, request)
-    for mail in ready if app.queue or dry_run else ():
-        mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
-    is_stored = ready and app.queue and not dry_run
-    return await store_mails(request, ready, digest, response, app) if is_stored else response
+    return await store_mails(request, ready, response, app) if ready and app.queue and not dry_run else response
 
 
-def parse_call(request: Request) -> tuple:
-    """Return (document, its digest if there is an Idempotency-Key)."""
-    try:
-        document = parse_json(request.body)
-    except ValueError as error:
-        raise Rejected(make_reply("json", sanitize(str(error)))) from None
-    return document, document_digest(request.body) if "idempotency-key" in request.headers else None
-
-
-async def prepare_provider_mail(request: Request, mail: Any, provider: Provider, settings: Settings) -> Mail:
-    """Prepare a mail; log its refused recipients and name keys in errors as the provider does."""
-    names, parse = provider.names, functools.partial(parse_mail, provider.names, provider.unsupported)
-    prepared = await prepare(request, parse, mail, settings, new_queueid(request.now))
-    if prepared.refused:
-        log_rejection(request, prepared.queueid, prepared.submission, prepared.refused)
-    replies = {to: reply and use_provider_keys(reply, names) for to, reply in prepared.replies.items()}
-    return prepared._replace(replies=replies)
+async def prepare_mails(request: Request, mails: list, provider: Provider, settings: Settings) -> list:
+    """Prepare the mails; log their refused recipients, and name keys in errors as the provider does."""
+    prepared, octets, parse = [], 0, functools.partial(parse_mail, provider)
+    for raw in mails:
+        mail = await prepare(request, parse, raw, settings, new_queueid(request.now))
+        if mail.refused:
+            log_rejections(request, mail, mail.refused)
+        replies = {to: reply and use_provider_keys(reply, provider.names) for to, reply in mail.replies.items()}
+        prepared.append(mail._replace(replies=replies))
+        octets += request.message_size if mail.transactions else 0
+        if octets > MAX_CALL:  # SendGrid's mails share their attachments
+            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
+    return prepared
 
 
 def use_provider_keys(reply: Reply, names: dict) -> Reply:
@@ -7846,24 +7034,16 @@ def use_provider_keys(reply: Reply, names: dict) -> Reply:
     return reply._replace(message=(reply.message[0], *lines))
 
 
-async def deliver_mails(request: Request, mails: list, settings: Settings, app: App) -> None:
-    """Deliver mails while the client waits, and add their replies."""
-    results = iter(await deliver([one for mail in mails for one in mail.transactions], app.transport, settings))
-    for mail in mails:
-        replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
-        count_recipients(mail.transactions, replies)
-        mail.add_replies(replies)
-
-
-async def store_mails(request: Request, mails: list, digest: Any, response: Response, app: App) -> Response:
+async def store_mails(request: Request, mails: list, response: Response, app: App) -> Response:
     """Store mails and the reports of their refused recipients; return the response, or that to an earlier request."""
     key, items, reports = mails[0].key, [], []
+    digest = await asyncio.to_thread(document_digest, request.body) if key else None
     for mail in mails:
         items.append(new_item(request, mail._replace(key=None if items else key, body_digest=digest)))
         for to, reply in mail.refused.items():
-            leased = first_lease(items[-1], NewRecipient(to, to, 1, ""))
-            reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
-    earlier = await app.queue.add_by(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
+            leased = LeasedRecipient(0, items[-1], NewRecipient(to, to, 1, ""), attempts=1)
+            reports += notifications(leased, reply, "failed", request.settings, request.now)
+    earlier = await app.queue.add(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
     if earlier and earlier["body_digest"] != digest:
         raise Rejected(make_reply("key-reused"))
     if earlier:
@@ -7874,22 +7054,18 @@ async def store_mails(request: Request, mails: list, digest: Any, response: Resp
     return response
 
 
-# -- Mails
-
-
-def parse_mail(names: dict, unsupported: tuple, mail: Any) -> SubmissionResult:
+def parse_mail(provider: Provider, mail: Any) -> SubmissionResult:
     """Parse a mail of a provider's client; keys that are not known are ignored."""
     if not isinstance(mail, dict):
         return SubmissionResult(None, [f"expected an object, got {json_type_name(mail)}"])
-    errors = [f"{key}: is not supported" for key in unsupported if mail.get(key)]
+    names, errors = provider.names, [f"{key}: is not supported" for key in provider.unsupported if mail.get(key)]
     header = OpenHeader(read_headers(mail.get(names["headers"]), names["headers"], errors))
     for key in ("from", "to", "cc", "bcc", "reply-to"):
-        value = mail.get(names[key]) or []
+        value, shared = mail.get(names[key]) or [], key in ("from", "reply-to")
         texts = value[: MAX_ADDRESSES + 1] if isinstance(value, list) else [value]
         for i, text in enumerate(texts):
             faults: list = []
             parse_recipient_field(text, "", faults)
-            shared = key in ("from", "reply-to")
             label = names[key] if shared else names["address"].format(names[key], i, part=mail.get("part"))
             errors += [f"Invalid '{label}' address: '{sanitize(str(text), 80)}'."] if faults else []
         if texts and not errors:
@@ -7905,25 +7081,21 @@ def parse_mail(names: dict, unsupported: tuple, mail: Any) -> SubmissionResult:
 def read_headers(value: Any, json_path: str, errors: list) -> dict:
     """Return fields from {name: value}, or from Postmark's [{"Name", "Value"}]."""
     header: dict = {}
-    if isinstance(value, list):
-        pairs = [(item.get("Name"), item.get("Value")) if isinstance(item, dict) else (None, None) for item in value]
-    else:
-        pairs = list(value.items()) if isinstance(value, dict) else []
-    for name, text in pairs:
+    items = [{"Name": name, "Value": text} for name, text in value.items()] if isinstance(value, dict) else value
+    for item in items if isinstance(items, list) else []:
+        name = item.get("Name") if isinstance(item, dict) else None
         if not isinstance(name, str) or normalize_key(name) in OWN_FIELDS:
             errors.append(f"{json_path}: {sanitize(str(name))} can't be set here")
         else:
-            header.setdefault(name, []).append(text)
+            header.setdefault(name, []).append(item.get("Value"))
     return {name: texts[0] if len(texts) == 1 else texts for name, texts in header.items()}
 
 
-def read_attachments(mail: dict, names: dict, errors: list) -> Any:
+def read_attachments(mail: dict, names: dict, errors: list) -> list:
     """Return attachments as a submission has them; a content id that the HTML does not use is left out."""
-    html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]), []
+    html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]) or [], []
     links = content_id_links(html) if isinstance(html, str) else set()
-    for i, entry in enumerate(
-        entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries] * bool(entries)
-    ):
+    for i, entry in enumerate(entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries]):
         if not isinstance(entry, dict) or entry.get("path"):
             errors.append(f"{names['attachments']}[{i}]{'.path: is not supported' if entry else ': is no object'}")
             continue
@@ -7946,19 +7118,18 @@ def read_batch(document: Any, limit: int, json_path: str = "top level") -> list:
     return document
 
 
-def read_personalizations(document: Any, limit: int) -> list:
+def read_personalizations(document: Any) -> list:
     """Return one mail for each personalization, whose keys take the place of the document's."""
     whole = document if isinstance(document, dict) else {}
     content = whole.get("content") if isinstance(whole.get("content"), list) else []
-    whole = {**whole, "content": []}  # what remains of it is not supported
+    mails, whole = [], {**whole, "content": []}  # what remains of it is not supported
     for item in content:
         kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
         if kind in ("text/plain", "text/html"):
             whole[f"content.{kind}"] = item.get("value")
         else:
             whole["content"].append(item)
-    mails = []
-    for i, part in enumerate(read_batch(whole.get("personalizations"), limit, "personalizations")):
+    for i, part in enumerate(read_batch(whole.get("personalizations"), 1000, "personalizations")):
         mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
         mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
         for key in ("from", "reply_to", "to", "cc", "bcc"):
@@ -7976,19 +7147,15 @@ def mailbox_text(item: Any) -> Any:
     return f'"{name}" <{item.get("email")}>' if name else item.get("email")
 
 
-def is_sandbox(document: Any, request: Request) -> bool:
+def is_sandbox(document: dict) -> bool:
     with contextlib.suppress(LookupError, TypeError):
         return document["mail_settings"]["sandbox_mode"]["enable"] is True
     return False
 
 
-# -- Answers
-
-
 def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
-    """Return the response; the other providers' is a document."""
-    queueid = next(mail.queueid for mail in prepared if not mail.error)
-    return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
+    accepted = [mail.queueid for mail in prepared if not mail.error]
+    return Response(200 if dry_run else 202, b"", (("X-Message-Id", accepted[0]),))
 
 
 def postmark_item(prepared: Mail, mail: dict) -> dict:
@@ -8058,12 +7225,11 @@ POSTMARK_ERRORS = {
 }  # fmt: skip
 RESEND_ERRORS = {
     **dict.fromkeys(("mail-empty", "rcpt-none", "subject-empty", "body-empty"), (422, "missing_required_field")),
+    **dict.fromkeys(("rcpt-many", 400, 502), (422, "validation_error")), "json": (400, "validation_error"),
     "mail-form": (422, "invalid_from_address"), "key-form": (400, "invalid_idempotency_key"),
-    "json": (400, "validation_error"), 400: (422, "validation_error"), 401: (403, "invalid_api_key"),
-    "rcpt-many": (422, "validation_error"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
+    401: (403, "invalid_api_key"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
     409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
-    422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), 502: (422, "validation_error"),
-    None: "application_error",
+    422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), None: "application_error",
 }  # fmt: skip
 
 KEYS = ("from", "to", "cc", "bcc", "subject", "html", "headers", "attachments", "filename", "content")
@@ -8080,26 +7246,25 @@ POSTMARK_KEYS = {
     "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
-SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, 1000)
+SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_sandbox)
 POSTMARK = Provider(
-    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda prepared, mails, _: postmark_item(prepared[0], mails[0]),
-    postmark_error, is_test=lambda _, request: is_postmark_test(request),
+    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda mails, raw, _: postmark_item(mails[0], raw[0]),
+    postmark_error,
 )  # fmt: skip
-RESEND = Provider(
-    RESEND_KEYS, ("template", "topic_id"), lambda prepared, mails, _: {"id": prepared[0].queueid}, resend_error
-)
+RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, resend_error)
 PROVIDER_ENDPOINTS = {
-    "/v3/mail/send": SENDGRID._replace(is_test=is_sandbox),
+    "/v3/mail/send": SENDGRID,
     "/email": POSTMARK,
     "/email/batch": POSTMARK._replace(
-        read=read_batch,
-        answer=lambda prepared, mails, _: [*map(postmark_item, prepared, mails)],
-        limit=500,
-        permissive=True,
+        answer=lambda mails, raw, _: [*map(postmark_item, mails, raw)],
+        read=lambda document: read_batch(document, 500), is_permissive=lambda request: True,
     ),
     "/emails": RESEND,
-    "/emails/batch": RESEND._replace(read=read_batch, answer=answer_resend_batch, limit=100),
-}
+    "/emails/batch": RESEND._replace(
+        answer=answer_resend_batch, read=lambda document: read_batch(document, 100),
+        is_permissive=lambda request: request.headers.get("x-batch-validation", "").lower() == "permissive",
+    ),
+}  # fmt: skip
 
 
 # ======================================================================================================================
@@ -8115,12 +7280,13 @@ BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked
 NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
+FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
+FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
+FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
 SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
   "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
-{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
-  "body": "42 files, 0 errors\\n"},
 {"mail": "shop@example.org", "header": {
   "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
   "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
@@ -8128,70 +7294,24 @@ SAMPLES = json.loads("""[
       "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
     {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
 ]""")
-NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
-SCHEMA_TYPES = {
-    str: ["string", "array", "null"],
-    bool: ["boolean", "integer", "null"],
-    tuple: ["string", "array", "object", "null"],
-}
 QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 HANG_TIMEOUT = 10.0  # seconds without a heartbeat
 BACKLOG = 1024
-
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
-MAX_VICTIMS = 64  # connections that are compared to find the one that is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
+http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
 
 
-class RequestHead(NamedTuple):
-    """Request line and headers of a request."""
-
-    method: str
-    path: str  # without the query
-    headers: dict  # by name in lower case; values of a repeated name are joined by ", "
-    keep_alive: bool  # the client wants to go on using the connection
-    is_http10: bool
-
-
-def parse_head(octets: bytes) -> RequestHead:
-    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids."""
-    first, _, rest = octets.decode("latin-1").partition("\r\n")
-    method, path, is_http10 = parse_request_line(first)
-    lines = rest.split("\r\n")[:-1]
-    if len(lines) > MAX_HEADERS:
-        raise Rejected(make_reply("head-too-large"))
-    headers: dict = {}
-    for line in lines:
-        name, value = (cached_header_line if line.startswith(CACHED_HEADERS) else parse_header_line)(line)
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    connection = headers.get("connection", "").lower()
-    keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
-    return RequestHead(method, path, headers, keep_alive, is_http10)
-
-
-def parse_header_line(line: str) -> tuple:
-    """Return (name in lower case, value)."""
-    found = HEADER_LINE.fullmatch(line)
-    if not found:
-        raise Rejected(make_reply("bad-request", "header line"))
-    return found[1].lower(), found[2].strip(" \t")
-
-
-# Most clients send these again and again; lines that may hold credentials are not kept in memory.
-CACHED_HEADERS = ("host:", "user-agent:", "accept", "content-", "connection:")
-CACHED_HEADERS += tuple(map(str.title, CACHED_HEADERS))
-cached_header_line = cache_short(512, limit=200)(parse_header_line)
-
-
-def parse_request_line(line: str) -> tuple:
-    """Return (method, path without its query, True for HTTP/1.0)."""
-    found = REQUEST_LINE.fullmatch(line)
+def parse_head(octets: bytes) -> Request:
+    """Parse the head of a request, without its last line end; raise Rejected for what RFC 9112 forbids."""
+    first, *lines = octets.decode("latin-1").split("\r\n")
+    found = REQUEST_LINE.fullmatch(first)
     if not found:
         raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
@@ -8199,23 +7319,33 @@ def parse_request_line(line: str) -> tuple:
         raise Rejected(make_reply("http-version"))
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
-    return method, target.partition("?")[0], minor == "0"
+    if len(lines) > MAX_HEADERS:
+        raise Rejected(make_reply("head-too-large"))
+    headers: dict = {}
+    for line in lines:
+        found = HEADER_LINE.fullmatch(line)
+        if not found:
+            raise Rejected(make_reply("bad-request", "header line"))
+        name, value = found[1].lower(), found[2].strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    connection, is_http10 = headers.get("connection", "").lower(), minor == "0"
+    keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
+    values = method, target.partition("?")[0], headers, b"", None, None, None, time.time()
+    return Request(*values, is_http10=is_http10, keep_alive=keep_alive)
 
 
-def body_length(head: RequestHead) -> int:
+def body_length(request: Request) -> int:
     """Return the octets of the body, or CHUNKED; raise Rejected if two parsers could differ (RFC 9112 6.3)."""
-    length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
+    length, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
     if coding is not None:
-        if length is not None or head.is_http10:
+        if length is not None or request.is_http10:
             raise Rejected(make_reply("bad-request", "Transfer-Encoding"))
         if coding.lower() != "chunked":
             raise Rejected(make_reply("not-implemented"))
         return CHUNKED
-    if length is None:
-        if head.method == "POST":
-            raise Rejected(make_reply("length-required"))
-        return 0
-    found = LENGTH.fullmatch(length)
+    if length is None and request.method == "POST":
+        raise Rejected(make_reply("length-required"))
+    found = LENGTH.fullmatch("0" if length is None else length)
     if not found:
         raise Rejected(make_reply("bad-request", "Content-Length"))
     return int(found[1])
@@ -8237,37 +7367,17 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     return peer, port
 
 
-FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
-FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
-FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
-
-
 class Endpoint(NamedTuple):
-    """A row of ENDPOINTS: what answers, and the checks before the body is read."""
-
-    handler: Callable  # (request, app) -> awaitable of a Response
-    checks: tuple = ()
+    handler: Callable  # (request, app) -> Response, or an awaitable of one
+    checks: tuple = ()  # before the body is read
 
 
-def constant(response: Response) -> Endpoint:
-    """Return an endpoint that always answers the same."""
-
-    async def handler(request: Request, app: App) -> Response:
-        return response
-
-    return Endpoint(handler)
-
-
-async def get_health(request: Request, app: App) -> Response:
+def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
     if error:
         return json_response({"status": error}, 503, (("Retry-After", "5"),))
-    document = {"status": "ok", "staging": app.settings.smtpd.staging}
-    return json_response({key: text for key, text in document.items() if text})
-
-
-async def get_conf(request: Request, app: App) -> Response:
-    return json_response(redacted(app.settings))
+    staging = app.settings.smtpd.staging
+    return json_response({"status": "ok", **({"staging": staging} if staging else {})})
 
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
@@ -8300,102 +7410,64 @@ async def get_queue(request: Request, app: App) -> Response:
     return json_response(await app.queue.do(queue_stats, request.now))
 
 
-async def get_queued_mail(request: Request, app: App) -> Response:
-    return json_response(message_document(await find_queued_mail(request, app)))
-
-
-async def cancel_queued_mail(request: Request, app: App) -> Response:
-    return await change_queued_mail(request, app, "cancelled", drop_message, request.now)
-
-
-async def retry_queued_mail(request: Request, app: App) -> Response:
-    response = await change_queued_mail(request, app, "retried", flush_queue)
-    app.queue.wake_manager()
-    return response
-
-
-async def change_queued_mail(request: Request, app: App, verb: str, operation: Callable, *values: Any) -> Response:
-    """Answer with the number of recipients that an operation changed, and the mail as it is now."""
-    queueid = (await find_queued_mail(request, app))["queueid"]
-    count = await app.queue.do(operation, queueid, *values)
-    log.event("info", verb, f"{count} recipients {verb}", queueid=queueid, **request.log_fields())
-    return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
-
-
-async def find_queued_mail(request: Request, app: App) -> dict:
-    """Return a mail in the queue; raise Rejected unless the client is a monitor or the login that sent it."""
-    found = app.queue and await app.queue.do(message_status, request.path.split("/")[2])
+async def answer_queued_mail(request: Request, app: App) -> Response:
+    """Show a mail in the queue to a monitor or the login that sent it; DELETE cancels it, POST makes it due now."""
+    queueid, count = request.path.split("/")[2], {}
+    found = app.queue and await app.queue.do(message_status, queueid)
     if not found:
         raise Rejected(make_reply("not-found"))
     if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return found
+    if request.method in ("DELETE", "POST"):
+        is_retry = request.method == "POST"
+        operation, verb = (flush_queue, "retried") if is_retry else (drop_message, "cancelled")
+        count[verb] = await app.queue.do(operation, queueid, *(() if is_retry else (request.now,)))
+        log.event("info", verb, f"{count[verb]} recipients {verb}", queueid=queueid, **request.log_fields())
+        app.queue.wake_manager()
+        found = await app.queue.do(message_status, queueid)
+    return json_response({**count, **message_document(found)})
 
 
 def message_document(message: dict) -> dict:
     """Return a mail in the queue: every recipient with its state, its reply, its next attempt and every earlier one."""
-    response, rows = [], message["recipients"]
-    for row in rows:
-        item = reply_to_dict(row["as_written"], current_reply(message["queueid"], row))
-        attempts = [
-            {"time": time_to_dict(attempt.time), **reply_to_dict(row["as_written"], attempt.reply)}
-            for attempt in parse_history(row["history"])
-        ]
-        response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
-    head = {
-        "queueid": message["queueid"],
-        "addresser": message["sender"],
-        "recipient": [row["as_written"] for row in rows],
-    }
-    timestamp = time_to_dict(message["created_at"])
+    response = []
+    for row in message["recipients"]:
+        to, attempts = row["as_written"], parse_history(row["history"])
+        item = reply_to_dict(to, current_reply(message["queueid"], row))
+        item.update(state=row["state"], next=time_to_dict(row["due"]))
+        item["attempts"] = [{"time": time_to_dict(one.time), **reply_to_dict(to, one.reply)} for one in attempts]
+        response.append(item)
+    recipients, timestamp = [item["rcpt"] for item in response], time_to_dict(message["created_at"])
+    head = {"queueid": message["queueid"], "addresser": message["sender"], "recipient": recipients}
     return {**head, "response": response, "size": message["size"], "timestamp": timestamp}
 
 
 async def get_metrics(request: Request, app: App) -> Response:
     """Answer with the metrics of all processes."""
-    app.update_gauges()
-    current = await asyncio.to_thread(process_metrics)
     stats: dict = dict.fromkeys(("waiting", "sending", "oldest"), None if app.queue else 0)
     if app.queue:
         with contextlib.suppress(Rejected):  # the other metrics are needed then
             stats = await app.queue.do(queue_stats, request.now)
-    current.update({("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")})
+    current = {("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")}
     current[("haineko_queue_oldest_seconds",)] = stats["oldest"] or (stats["waiting"] and 0)
     current[("haineko_queue_disk_free_bytes",)] = app.queue and app.queue.free_space()
     return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def process_metrics() -> dict:
-    """Return the process_... metrics of the supervisor as far as /proc has them."""
-    import resource
-
-    found: list = [None] * len(PROCESS_METRICS)
-    with contextlib.suppress(OSError, ValueError):
-        folder, tick = f"/proc/{os.getppid()}", os.sysconf("SC_CLK_TCK")
-        with open(f"{folder}/stat", "rb") as process, open("/proc/stat", "rb") as system:
-            words = process.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
-            booted = int(system.read().partition(b"\nbtime ")[2].split()[0])
-        found[0] = (int(words[11]) + int(words[12])) / tick
-        found[1:4] = booted + int(words[19]) / tick, int(words[20]), int(words[21]) * mmap.PAGESIZE
-        found[4:] = len(os.listdir(f"{folder}/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return {(name,): value for name, value in zip(PROCESS_METRICS, found)}
-
-
-async def get_openapi(request: Request, app: App) -> Response:
-    """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and tables."""
-    paths: dict = {}
+def get_openapi(request: Request, app: App) -> Response:
+    """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and of an answer."""
+    sample = respond(request, Mail("Q" * 16, None, {"a@example.jp": queued_reply("Q" * 16)}))
+    answer, paths = {"content": {"application/json": {"schema": schema_of(json.loads(sample.body))}}}, {}
     for (method, path), endpoint in ENDPOINTS.items():
-        summary = (endpoint.handler.__doc__ or endpoint.handler.__name__).split("\n")[0]
-        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {"summary": summary}
-        body, good, bad = schemas_of(path)
-        operation["responses"] = {
-            "2XX": {"description": "success", **good},
-            "default": {"description": "refusal", **bad},
+        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {
+            "summary": (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0],
+            "responses": {"default": {"description": "answer or refusal", **(answer if path == "/submit" else {})}},
         }
-        if body:
-            operation["requestBody"] = {"required": True, **body}
         if "ID" in path:
             operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
+        elif method == "POST":
+            schema = {"$ref": SCHEMAS + "Submission"} if path == "/submit" else {"description": "the provider's"}
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
     logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
     logins["token"] = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
@@ -8406,84 +7478,47 @@ async def get_openapi(request: Request, app: App) -> Response:
     })  # fmt: skip
 
 
-def schemas_of(path: str) -> tuple:
-    """Return the content of requests, of answers and of refusals; {} for that of no form."""
-    asked, provider = Request("POST", path, {}, b"", None, None, None, 0.0), PROVIDER_ENDPOINTS.get(path)
-    replies = {"a@example.jp": queued_reply("Q" * 16)}
-    answer = json_content(schema_of(answer_document(asked, 200, replies, "Q" * 16, None)))
-    if not provider:
-        is_submit = path == "/submit"
-        body = json_content({"$ref": "#/components/schemas/Submission"}) if is_submit else {}
-        return body, answer if is_submit else {}, answer
-    keys = ["personalizations"] if provider.read is read_personalizations else []
-    mail = {
-        "type": "object",
-        "properties": {key: {} for key in (*provider.names.values(), *keys) if key.isidentifier()},
-    }
-    batch = {"type": "array", "items": mail, "maxItems": provider.limit}
-    success = provider.answer([Mail("Q" * 16, None, replies)], [{}], False)
-    refusal = json_content(schema_of(provider_error(make_reply("login"), asked)))
-    body = json_content(batch if provider.read is read_batch else mail)
-    return body, {} if isinstance(success, Response) else json_content(schema_of(success)), refusal
-
-
-def json_content(schema: dict) -> dict:
-    return {"content": {"application/json": {"schema": schema}}}
+SCHEMAS = "#/components/schemas/"
+SCHEMA_TYPES = {str: ["string", "array", "null"], bool: ["boolean", "integer", "null"],
+                tuple: ["string", "array", "object", "null"]}  # fmt: skip
+REFERENCES = {"header": {"$ref": SCHEMAS + "Header"}, "attachments": {"items": {"$ref": SCHEMAS + "Attachment"}}}
 
 
 def class_schema(cls: type) -> dict:
     """Return the schema of a dataclass made of config_field()."""
-    properties = {}
-    for item in fields(cls):
-        kind = {"type": types} if (types := SCHEMA_TYPES.get(type(item.default))) else {}
-        if item.name in NESTED_SCHEMAS:
-            reference = {"$ref": f"#/components/schemas/{NESTED_SCHEMAS[item.name]}"}
-            kind = {**kind, "items": reference} if kind else reference
-        for key in item.metadata.get("keys") or (item.name,) if "parse" in item.metadata else ():
-            properties[key] = {**kind, "description": item.metadata["doc"]}
+    properties, items = {}, {item.name: item for item in fields(cls)}
+    for key, (name, _) in key_table(cls).items():
+        types = SCHEMA_TYPES.get(type(items[name].default))
+        kind = {"type": types} if types else {}
+        properties[key] = {**kind, **REFERENCES.get(name, {}), "description": items[name].metadata["doc"]}
     return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
 
 
 def schema_of(value: Any) -> dict:
-    """Return the schema of a real response, or of a value within; null stands for any value."""
-    value = json.loads(value.body) if isinstance(value, Response) else value
+    """Return the schema of a value of an answer; null stands for any value."""
     if isinstance(value, dict):
         return {"type": "object", "properties": dict(zip(value, map(schema_of, value.values()))), "required": [*value]}
     if isinstance(value, list):
-        return {"type": "array", "items": schema_of(value[0])} if value else {"type": "array"}
+        return {"type": "array", "items": schema_of(value[0])}
     return {} if value is None else {"type": ["string" if isinstance(value, str) else "integer", "null"]}
-
-
-async def answer_options(request: Request, app: App) -> Response:
-    return Response(204, b"", (("Allow", ", ".join(allowed_methods(request.path))),))
 
 
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
     **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
-    ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
+    ("GET", "/"): Endpoint(lambda *_: json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
-    ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
+    ("GET", "/conf"): Endpoint(lambda _, app: json_response(redacted(app.settings)), (check_monitor,)),
     ("GET", "/metrics"): Endpoint(get_metrics, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
-    ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
-    ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
-    ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
-    ("GET", "/sample/mail"): constant(json_response(SAMPLES)),
+    ("GET", "/queue/ID"): Endpoint(answer_queued_mail, (check_queue_access,)),
+    ("DELETE", "/queue/ID"): Endpoint(answer_queued_mail, (check_queue_access,)),
+    ("POST", "/queue/ID/retry"): Endpoint(answer_queued_mail, (check_queue_access,)),
+    ("GET", "/sample/mail"): Endpoint(lambda *_: json_response(SAMPLES)),
     ("GET", "/openapi.json"): Endpoint(get_openapi),
-    ("GET", "/neko"): constant(Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
+    ("GET", "/neko"): Endpoint(lambda *_: Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
 }
-
-
-PROCESS_METRICS = {
-    "process_cpu_seconds_total": ("counter", "CPU time of the supervisor.", {}),
-    "process_start_time_seconds": ("gauge", "When the supervisor started, since the epoch.", {}),
-    "process_virtual_memory_bytes": ("gauge", "Virtual memory of the supervisor.", {}),
-    "process_resident_memory_bytes": ("gauge", "Resident memory of the supervisor.", {}),
-    "process_open_fds": ("gauge", "Files that the supervisor has open.", {}),
-    "process_max_fds": ("gauge", "Files that a process may have open.", {}),
-}
-STATUSES = (*sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}), "other")
+STATUSES = tuple(sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}))
 PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
 OUTCOMES = ("accepted", "queued", "refused", "deferred", "failed", "unsure")
 REASONS = tuple(slug for slug in REPLIES if make_reply(slug).slug)
@@ -8505,7 +7540,6 @@ METRICS = {  # name: (type, help, {label: all its values})
     "haineko_workers_restarted_total": ("counter", "Processes that ended and were replaced.", {}),
     "haineko_reload_success": ("gauge", "1 if the settings had no fault when they were last read.", {}),
     "haineko_build_info": ("gauge", "Versions.", {"version": (__version__,), "python": (sys.version.split()[0],)}),
-    **PROCESS_METRICS,
 }
 
 
@@ -8515,110 +7549,93 @@ def route_key(path: str) -> str:
     return f"/queue/ID{found[1]}" if found else path
 
 
-def allowed_methods(path: str) -> list:
-    """Return the methods for a path, none if it is unknown."""
-    if path == "*":  # OPTIONS for the whole server, RFC 9110 9.3.7
-        return ["GET", "HEAD", "POST", "OPTIONS"]
-    methods = [method for method, known in ENDPOINTS if known == route_key(path)]
-    return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
+def allowed_methods(path: str) -> str:
+    """Return the value of Allow, "" for an unknown path; "*" is the whole server (RFC 9110 9.3.7)."""
+    methods = dict.fromkeys(method for method, known in ENDPOINTS if path == "*" or known == route_key(path))
+    return ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])])
 
 
-def cors_policy(head: RequestHead, settings: Settings) -> tuple:
-    """Return (whether a web page of the request's Origin may POST, headers that its browser reads) (Fetch standard)."""
-    origin = head.headers.get("origin")
-    if origin is None:
-        return head.headers.get("sec-fetch-site", "").lower() != "cross-site", ()
-    if origin.lower() in settings.httpd.allowed_origins:
-        return True, (
+def cors_headers(request: Request, settings: Settings) -> tuple:
+    """Return headers for a page of an allowed Origin; raise Rejected for what others may not do (Fetch standard)."""
+    headers, origin = request.headers, request.headers.get("origin")
+    if origin and origin.lower() in settings.httpd.allowed_origins:
+        return (
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Allow-Methods", "POST, GET, OPTIONS"),
             ("Access-Control-Allow-Headers", "Content-Type, Authorization, Idempotency-Key, Prefer"),
             ("Access-Control-Max-Age", "600"),
             ("Vary", "Origin"),
         )
-    host = origin.partition("://")[2].lower()
-    return is_own_host(host, settings) and host == head.headers.get("host", "").lower(), ()
+    if request.method in ("POST", "DELETE") or "access-control-request-method" in headers:
+        host = origin.partition("://")[2].lower() if origin else ""
+        is_ours = host == headers.get("host", "").lower() and is_own_host(host, settings)
+        is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" if origin is None else not is_ours
+        if is_foreign:
+            shown = "a cross-site request without Origin" if origin is None else sanitize(origin)
+            raise Rejected(make_reply("origin", f"{shown} is not in httpd.allowed_origins"))
+    return ()
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client.
-
-    The base class writes responses into `wfile`, a buffer that is sent by one call. Requests are read with a deadline,
-    without a thread, and parsed by parse_head(), which is stricter and faster.
-    """
+    """One connection of a client. The base class writes responses, into a buffer that is sent by one call. Requests are
+    read with a deadline, without a thread, and parsed by parse_head(), which is stricter and faster."""
 
     protocol_version = request_version = "HTTP/1.1"
-    command, head, request, extra_headers, close_connection = "", None, None, (), True
+    command, request, extra_headers, close_connection = "", None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
-        self.settings = worker.app.settings
-        self.buffer, self.in_body = b"", False
-        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets received since
-        is_inet = isinstance(peer, tuple)
-        self.in_flight = 0  # octets of the body, received in parts
-        self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # a client of a Unix socket is on this machine
-        self.port = peer[1] if is_inet else None
+        self.settings, self.buffer, self.in_flight = worker.app.settings, b"", 0  # octets of a body that comes in parts
+        self.deadline = time.monotonic() + self.settings.httpd.timeout  # of what the client is to do now
+        address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # Unix socket: this machine
+        self.peer = parse_ip(address)
 
     async def handle(self) -> None:
         """Serve requests, one after the other, until one side closes."""
         try:
-            await self._tls_handshake()
-            while self._skip_blank_lines() or await self._wait_request():
-                octets = await self.handle_one_request()
-                deadline = time.monotonic() + self.settings.httpd.timeout
-                await self.connection.sendall(octets, deadline)
-                del octets
+            if self.app.tls:
+                sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
+                self.connection.sock = sock
+                await self._while_idle(self.connection.call(sock.do_handshake, self.deadline))
+            while await self._wait_request():
+                await self.connection.sendall(await self.handle_one_request(), self.deadline)
                 if self.close_connection:
-                    await self.connection.drain(deadline)
+                    await self.connection.drain(self.deadline)
                     await self._while_idle(lingering_close(self.connection))
                     break
-                self.begun, self.received = time.monotonic(), 0
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
-            with contextlib.suppress(OSError):
-                close_notify(self.connection.sock)
+            close_notify(self.connection.sock)
             self.connection.close()
             self.worker.forget(self)
 
-    async def _tls_handshake(self) -> None:
-        if not self.app.tls:
-            return
-        deadline = time.monotonic() + self.app.settings.httpd.timeout
-        sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
-        self.connection.sock = sock
-        await self._while_idle(self.connection.call(sock.do_handshake, deadline))
-
     async def _wait_request(self) -> bool:
         """Return True when a request begins, False if the client closed; socket.timeout if it took too long."""
-        deadline = time.monotonic() + self.app.settings.httpd.timeout
-        while True:
-            self.buffer = await self._while_idle(self.connection.recv(16384, deadline))
-            if not self.buffer or self._skip_blank_lines():
-                return bool(self.buffer)
-
-    def _skip_blank_lines(self) -> bytes:
-        """Return what has arrived of the next request; line ends before it are ignored (RFC 9112 2.2)."""
-        self.buffer = self.buffer.lstrip(b"\r\n")
-        return self.buffer
+        self.buffer = self.buffer.lstrip(b"\r\n")  # line ends before it are ignored (RFC 9112 2.2)
+        while not self.buffer:
+            octets = await self._while_idle(self.connection.recv(16384, self.deadline))
+            if not octets:
+                return False
+            self.buffer = octets.lstrip(b"\r\n")
+        return True
 
     async def _while_idle(self, waiting: Any) -> Any:
         """Await something while the connection may be closed in favour of another."""
-        self.worker.mark_idle(self)
+        self.worker.mark(self, idle=True)
         try:
             return await waiting
         finally:
-            self.worker.mark_busy(self)
+            self.worker.mark(self, idle=False)
 
     async def handle_one_request(self) -> bytes:
-        """Return the octets of the response to the request that has begun; set `close_connection`."""
+        """Return the octets of the response to the request that has begun; set `close_connection` and `deadline`."""
         self.settings = self.app.settings  # one set from beginning to end
-        self.begun, self.received = time.monotonic(), len(self.buffer)
-        self.head = self.request = None
-        self.command, self.unread, self.extra_headers = "", 1, ()
+        began = time.monotonic()
+        self.deadline = began + self.settings.httpd.timeout
+        self.request, self.command, self.unread, self.extra_headers = None, "", CHUNKED, ()
         try:
-            response = await self._respond(self.begun + self.settings.httpd.timeout)
+            response = await self._respond()
         except Rejected as error:
             response = self.rejection(error.reply)
         except OSError:
@@ -8628,60 +7645,53 @@ class Connection(http.server.BaseHTTPRequestHandler):
             response = self.rejection(make_reply("our-fault"))
         finally:
             self.app.octets_in_flight -= self.in_flight
-            self.in_body, self.in_flight = False, 0
-        if 0 < self.unread <= len(self.buffer) and self.request:  # a refused body that has arrived already
+            self.in_flight = 0
+        if 0 < self.unread <= len(self.buffer):  # a refused body that has arrived already
             self.buffer, self.unread = self.buffer[self.unread :], 0
-        self.close_connection = not (self.head and self.head.keep_alive and not self.unread and not self.app.stopping)
-        self._count(response.status)
-        self.request = None  # an idle connection keeps no body
-        return self.response_octets(response)
+        request = self.request
+        self.close_connection = not (request and request.keep_alive and not self.unread and not self.app.stopping)
+        path = route_key(request.path) if request else ""
+        metrics.add("haineko_http_requests_total", path if path in PATHS else "other", response.status)
+        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - began)
+        octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
+        self.deadline = time.monotonic() + self.settings.httpd.timeout  # to take it, and for a new request
+        return octets
 
-    def _count(self, status: int) -> None:
-        path = route_key(self.request.path) if self.request else ""
-        endpoint = path if path in PATHS else "other"
-        metrics.add("haineko_http_requests_total", endpoint, status if status in STATUSES else "other")
-        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
-
-    async def _respond(self, deadline: float) -> Response:
-        """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
-        self.head = head = parse_head(await self._read_head(deadline))
-        self.command = head.method
-        if NOT_IN_HOST.search(head.headers.get("host", "" if head.is_http10 else ",")):  # RFC 9112 3.2
+    async def _respond(self) -> Response:
+        """Return an endpoint's response; `unread` are the octets of the body that are unread, CHUNKED if unknown."""
+        request = parse_head(await self._read_until(b"\r\n\r\n", MAX_HEAD, "head-too-large"))
+        self.request, self.command, headers = request, request.method, request.headers
+        request.client, request.peer, request.port = self.peer, self.peer, self.port
+        request.settings, request.limits = self.settings, self.app.transport.limits
+        if NOT_IN_HOST.search(headers.get("host", "" if request.is_http10 else ",")):  # RFC 9112 3.2
             raise Rejected(make_reply("bad-request", "Host"))
-        self.unread = body_length(head)
-        self.request = request = self._request(head)
+        self.unread = body_length(request)
+        request.client, request.port = client_address(self.peer, self.port, headers, self.settings)
+        if not FORWARDING_HEADERS.isdisjoint(headers):
+            request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(headers))).title()
         if request_id := request.trace_id("x-request-id"):
             self.extra_headers = (("X-Request-Id", request_id),)
-        allowed, cors_headers = cors_policy(head, self.settings)
-        self.extra_headers += cors_headers
-        endpoint = self._endpoint(request, allowed)
+        self.extra_headers += cors_headers(request, self.settings)
+        endpoint = self._endpoint(request)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
-            if password.logins and not password.cached_login(credentials_of(request)):  # a hash is computed
+            if password.logins and not password.authenticate(
+                credentials_of(request), cached=True
+            ):  # a hash is computed
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)
-        if self.unread and head.method != "POST":
+        if self.unread and request.method != "POST":
             self.unread = CHUNKED  # it is not waited for: the connection is closed
-            raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
-        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise Rejected(make_reply("bad-request", f"{request.method} takes no body"))
+        if headers.get("content-encoding", "identity").lower() != "identity":
             raise Rejected(make_reply("content-encoding", "send the document as it is"))
-        self.in_body = True
-        request.body = await self._read_body(head, self.unread, deadline)
-        self.in_body, self.unread = False, 0
-        return await endpoint.handler(request, self.app)
+        request.body = await self._read_body(request, self.unread)
+        self.unread = 0
+        response = endpoint.handler(request, self.app)
+        return response if isinstance(response, Response) else await response
 
-    def _request(self, head: RequestHead) -> Request:
-        client, port = client_address(self.peer, self.port, head.headers, self.settings)
-        request = Request(
-            head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
-        )
-        request.limits = self.app.transport.limits
-        if not FORWARDING_HEADERS.isdisjoint(head.headers):
-            request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
-        return request
-
-    def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
+    def _endpoint(self, request: Request) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
         method = "GET" if request.method == "HEAD" else request.method
         endpoint = ENDPOINTS.get((method, route_key(request.path)))
@@ -8691,76 +7701,60 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
             if method != "OPTIONS":
                 raise Rejected(make_reply("method", word=method))
-        is_preflight = method == "OPTIONS" and "access-control-request-method" in request.headers
-        if not origin_allowed and (method in ("POST", "DELETE") or is_preflight):
-            origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
-            raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
-        return endpoint or Endpoint(answer_options)
+        return endpoint or Endpoint(lambda *_: Response(204, b"", (("Allow", allowed_methods(request.path)),)))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
         request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
-        response = respond(request, reply.status, {None: reply}, queueid, None)
-        if request.method == "POST" and request.path in PROVIDER_ENDPOINTS:
-            return provider_error(reply, request)
+        response = respond(request, Mail(queueid, None, {None: reply}))
         if reply.status == 405:
-            return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
-        return response
+            return response._replace(headers=(("Allow", allowed_methods(request.path)),))
+        is_of_provider = request.method == "POST" and request.path in PROVIDER_ENDPOINTS
+        return provider_error(reply, request) if is_of_provider else response
 
     def response_octets(self, response: Response) -> bytes:
         self.wfile = io.BytesIO()
         self.send_response_only(response.status)
-        self.send_header("Server", self.version_string())
-        self.send_header("Date", self.date_time_string())
+        headers = [("Server", "Haineko"), ("Date", http_date(int(time.time())))]
         if response.status != 204:
-            self.send_header("Content-Type", response.type)
-            self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *self.extra_headers):
+            headers += ("Content-Type", response.type), ("Content-Length", str(len(response.body)))
+        for name, value in (*headers, *response.headers, *self.extra_headers):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
-        elif self.head.is_http10:
+        elif self.request.is_http10:
             self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
         return self.wfile.getvalue()
 
-    def version_string(self) -> str:
-        return "Haineko"
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return http_date(int(time.time() if timestamp is None else timestamp))
-
-    async def _read_head(self, deadline: float) -> bytes:
-        """Return the octets before the empty line."""
+    async def _read_until(self, mark: bytes, limit: int, slug: str, *lines: str) -> bytes:
+        """Return the octets before a mark; raise Rejected by make_reply(slug, *lines) if they are more than `limit`."""
         searched = 0  # octets that need no search
         while True:
-            end = self.buffer.find(b"\r\n\r\n", searched)
-            if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
-                raise Rejected(make_reply("head-too-large"))
+            end = self.buffer.find(mark, searched)
+            if end > limit or (end < 0 and len(self.buffer) > limit):
+                raise Rejected(make_reply(slug, *lines))
             if end >= 0:
-                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
-                return head
+                octets, self.buffer = self.buffer[:end], self.buffer[end + len(mark) :]
+                return octets
             if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
             searched = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._receive(deadline)
+            self.buffer += await self._receive()
 
-    async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
+    async def _receive(self, limit: int = 65536) -> bytes:
         """Return octets from the client; raise Rejected at the deadline."""
         try:
             await asyncio.sleep(0)  # a client that sends faster than we read must not delay the others
-            if time.monotonic() >= deadline:
-                raise socket.timeout
-            octets = await self._while_idle(self.connection.recv(limit, deadline))
+            octets = await self._while_idle(self.connection.recv(limit, self.deadline))
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
-        self.received += len(octets)
-        if self.in_body:
+        if self.request:  # these are of its body
             size = self.settings.smtpd.max_message_size
             self.in_flight += len(octets)
             self.app.octets_in_flight += len(octets)
@@ -8768,185 +7762,130 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("overload"))
         return octets
 
-    def precedence(self, now: float, crowded: set) -> tuple:
-        """Return a sort key: a connection over the limit makes room by closing the first of the others."""
-        is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
-        rate = (self.received + 500) / max(now - self.begun, 1)  # octets a second, with some to start with
-        return not (is_limited and self.peer in crowded), rate
+    async def _read_body(self, request: Request, length: int) -> Any:
+        self._check_length(length)
+        expected = request.headers.get("expect", "").lower()
+        if expected not in ("", "100-continue"):
+            raise Rejected(make_reply("expectation"))
+        if expected and not request.is_http10 and (length == CHUNKED or len(self.buffer) < length):
+            await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", self.deadline)
+        return await (self._read_chunks() if length == CHUNKED else self._read_exactly(length))
 
-    async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
+    def _check_length(self, length: int) -> None:
+        """Raise Rejected if a body is longer than one that any message needs."""
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
         if length > limit:
-            raise Rejected(make_reply("body-too-large", body_limit(size, limit)))
-        expected = head.headers.get("expect")
-        if expected:
-            if expected.lower() != "100-continue":
-                raise Rejected(make_reply("expectation"))
-            if not head.is_http10 and (length == CHUNKED or len(self.buffer) < length):
-                await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
-        if length == CHUNKED:
-            return await self._read_chunks(limit, deadline)
-        return await self._read_exactly(length, deadline)
+            why = f": twice smtpd.max_message_size ({size}) and 65536" if size else ""
+            raise Rejected(make_reply("body-too-large", f"more than {limit} octets{why}"))
 
-    async def _read_exactly(self, length: int, deadline: float) -> bytes:
-        """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
+    async def _read_exactly(self, length: int) -> Any:
+        """Return `length` octets; a bytearray if they come in parts, because a copy would need the memory twice."""
         octets, self.buffer = self.buffer[:length], self.buffer[length:]
         if len(octets) == length:
             return octets
         whole = bytearray(octets)
         while len(whole) < length:
-            whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
-        return whole if length >= LARGE else bytes(whole)
+            whole += await self._receive(min(length - len(whole), 1 << 18))
+        return whole
 
-    async def _read_chunks(self, limit: int, deadline: float) -> bytes:
+    async def _read_chunks(self) -> bytearray:
         """Return a chunked body (RFC 9112 7.1)."""
-        body, total = bytearray(), 0
-        while True:
-            line = await self._read_line(deadline)
+        body, total, size = bytearray(), 0, 1
+        while size:
+            line = await self._read_until(b"\r\n", 4096, "bad-request", "chunk line")
             found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
             if not found:
                 raise Rejected(make_reply("bad-request", "chunk size"))
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
-            if total > limit:
-                raise Rejected(make_reply("body-too-large", body_limit(self.settings.smtpd.max_message_size, limit)))
-            if not size:
-                break
-            body += await self._read_exactly(size, deadline)
+            self._check_length(total)
+            body += await self._read_exactly(size)
             await asyncio.sleep(0)  # a chunk may be one octet, and thousands of them may have arrived
-            if await self._read_exactly(2, deadline) != b"\r\n":
+            if size and await self._read_exactly(2) != b"\r\n":
                 raise Rejected(make_reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
-            if not await self._read_line(deadline):
-                return body if len(body) >= LARGE else bytes(body)
+            if not await self._read_until(b"\r\n", 4096, "bad-request", "chunk line"):
+                return body
         raise Rejected(make_reply("head-too-large"))
-
-    async def _read_line(self, deadline: float) -> bytes:
-        while b"\r\n" not in self.buffer:
-            if len(self.buffer) > 4096:
-                raise Rejected(make_reply("bad-request", "chunk line"))
-            self.buffer += await self._receive(deadline, 4096)
-        line, _, self.buffer = self.buffer.partition(b"\r\n")
-        return line
-
-
-def body_limit(size: int, limit: int) -> str:
-    return f"more than {limit} octets" + (f": twice smtpd.max_message_size ({size}) and 65536" if size else "")
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
     """End the stream and read what still arrives: else a reset could destroy the last response (RFC 9112 9.6)."""
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
-        await sock.call(functools.partial(close_notify, sock.sock), deadline)
+        close_notify(sock.sock)
         sock.sock.shutdown(socket.SHUT_WR)
         while await sock.recv(1 << 18, deadline):
             pass
 
 
 def close_notify(sock: Any) -> None:
-    """Send the closure alert of TLS (RFC 9112 9.8), once; the client's own is not waited for."""
+    """Send the closure alert of TLS (RFC 9112 9.8); the client's own is not waited for."""
     if isinstance(sock, ssl.SSLSocket):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # not answered yet, or the connection is broken or closed
             sock.unwrap()
-        except ssl.SSLWantWriteError:
-            raise
-        except (OSError, ValueError):  # sent and not answered yet, or the connection is broken, or closed already
-            pass
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    return formatdate(second, usegmt=True)
 
 
 class Worker:
     """Process that serves all its connections in one thread, or that delivers from the queue."""
 
-    ACCEPT_DELAY = 0.001  # seconds for which a worker that is busier than another leaves a new connection to it
-
-    def __init__(
-        self,
-        listeners: list,
-        settings: Settings,
-        parent_pipe: Any,
-        busy_counts: Any = None,
-        slot: int | None = 0,
-        wakeup_pair: tuple = (None, None),
-        limits: SharedLimits | None = None,
-    ) -> None:
-        self.app = App(settings, wakeup_pair[1], limits)
-        self.listeners, self.parent_pipe = listeners, parent_pipe
-        self.busy_counts, self.slot = busy_counts or [0], slot  # busy connections of each worker; index of this one
-        self.app.update_gauges = self.update_gauges
+    def __init__(self, supervisor: Supervisor, slot: int = 0) -> None:
+        self.app = App(supervisor.settings, supervisor.wakeup_pair[1], supervisor.limits)
+        self.listeners, self.parent_pipe = supervisor.listeners, supervisor.parent_pipe
+        self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop = EventLoop()
-        self.queue_manager = QueueManager(self.app, wakeup_pair[0]) if slot is None else None
+        self.queue_manager = (
+            QueueManager(self.app, supervisor.wakeup_pair[0]) if slot == len(self.busy_counts) else None
+        )
         self.connections: set = set()
-        self.per_address: Counter = Counter()  # of the connections
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
 
-    def run(self) -> None:
+    async def serve(self) -> None:
         """Serve until a signal to stop comes and all requests in flight are answered."""
         log.start_buffering(self.loop)
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
-        self.loop.run_until_complete(self._serve())
-
-    async def _serve(self) -> None:
         self.stopped, self.reloading = asyncio.Event(), asyncio.Lock()
-        self._listen_to_signals()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self.stopped.set)
+        self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
         for sock in (*self.listeners, self.parent_pipe):
             sock.setblocking(False)
-        listeners = list(map(AsyncSocket, self.listeners))
-        vital = [*map(self._accept, listeners), self._watch_parent(), self._housekeeping(), self._beat()]
-        for coroutine in (*vital, self.queue_manager.run()) if self.queue_manager else vital:
-            self.loop.create_task(self._stop_on_error(coroutine))
+        listeners, parent = list(map(AsyncSocket, self.listeners)), AsyncSocket(self.parent_pipe)
+        work = [self.queue_manager.run()] if self.queue_manager else map(self._accept, listeners)
+        for waiting in (*work, self._housekeeping(), parent.recv(1, float("inf"))):
+            self.loop.create_task(self._stop_after(waiting))
         await self.stopped.wait()
+        self.app.stopping = True
         began = now = time.monotonic()
         await asyncio.sleep(0.01)  # requests that have come meanwhile are accepted
         for listener in listeners:
             listener.close()
-        while now < began + SHUTDOWN_TIMEOUT and self._has_work():
+        deliveries = self.queue_manager.in_flight if self.queue_manager else {}
+        while now < began + SHUTDOWN_TIMEOUT and (self.connections or any(deliveries.values())):
             patient = now <= began + LINGER_TIMEOUT
             for one in list(self.idle):
-                if not (one.in_body or (patient and (one.buffer or one.connection.outbox))):
+                if not (one.request or (patient and (one.buffer or one.connection.outbox))):
                     self._interrupt(one)  # no request has begun, and no response is on its way
             await asyncio.sleep(0.02)
             now = time.monotonic()
         await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
 
-    def _has_work(self) -> bool:
-        return bool(self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values())))
-
-    def _listen_to_signals(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self._stop)
-        self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
-
-    def _stop(self) -> None:
-        self.app.stopping = True
-        self.stopped.set()
-
-    async def _watch_parent(self) -> None:
-        """Stop when the supervisor has died, which could neither replace nor stop this process."""
-        await AsyncSocket(self.parent_pipe).recv(1, float("inf"))
-        self._stop()
-
-    async def _stop_on_error(self, coroutine: Any) -> None:
-        """Await a coroutine that the worker can't do without: if it fails, another worker takes over."""
+    async def _stop_after(self, waiting: Any) -> None:
+        """Stop when something ends that the worker can't do without: another takes over, or the supervisor is dead."""
         try:
-            await coroutine
+            await waiting
         except Exception:
             log_exception("worker")
-            self._stop()
+        self.stopped.set()
 
     async def _accept(self, listener: AsyncSocket) -> None:
         while listener.sock.fileno() >= 0:
-            least = min(self.busy_counts)
+            least, limit = min(self.busy_counts), self.app.settings.httpd.max_connections
             if len(self.connections) - len(self.idle) > least + least // 4:  # of many, some more make no difference
-                await asyncio.sleep(self.ACCEPT_DELAY)
+                await asyncio.sleep(0.001)  # a worker that is less busy takes the connection
             try:
                 sock, peer = listener.sock.accept()
             except BlockingIOError:
@@ -8958,72 +7897,54 @@ class Worker:
                     await asyncio.sleep(0 if self._close_idlest() else 0.05)
                 continue
             sock.setblocking(False)
-            if listener.sock.family != socket.AF_UNIX:
-                with contextlib.suppress(OSError):  # macOS fails here if the client is gone already
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._full() and not await self._make_room():
-                self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
-                continue
+            with contextlib.suppress(OSError):  # a Unix socket, or macOS and the client is gone already
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(sock, peer, self)
+            if len(self.connections) >= limit and not await self._make_room(limit):
+                self.loop.create_task(self._reject_503(connection))
+                continue
             self.connections.add(connection)
-            self.per_address[connection.peer] += 1
-            self.mark_busy(connection)
+            self.mark(connection, idle=False)
             self.loop.create_task(connection.handle())
 
-    def _full(self) -> bool:
-        return len(self.connections) >= self.app.settings.httpd.max_connections
-
-    async def _make_room(self) -> bool:
+    async def _make_room(self, limit: int) -> bool:
         """Return True if there is room for another connection, or one was closed in its favour."""
         for attempt in range(4):
             await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
-            if not self._full() or (attempt and self._close_idlest()):
+            if len(self.connections) < limit or (attempt and self._close_idlest()):
                 return True
         return False
 
-    def mark_idle(self, connection: Connection) -> None:
-        """Note that a connection waits for a request."""
-        self.idle[connection] = None
-        self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
-
-    def mark_busy(self, connection: Connection) -> None:
-        """Note that a connection has a request."""
-        self.idle.pop(connection, None)
+    def mark(self, connection: Connection, idle: bool) -> None:
+        """Note whether a connection waits for its client."""
+        if idle:
+            self.idle[connection] = None
+        else:
+            self.idle.pop(connection, None)
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
-        """Note that a connection is closed."""
-        if connection in self.connections:
-            self.connections.discard(connection)
-            self.per_address[connection.peer] -= 1
-            if not self.per_address[connection.peer]:
-                del self.per_address[connection.peer]
-        self.mark_busy(connection)
+        self.connections.discard(connection)
+        self.mark(connection, idle=False)
 
     async def _reject_503(self, connection: Connection) -> None:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
-        linger = self.lingering_503s < MAX_LINGERING_503
-        self.lingering_503s += 1
         octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         metrics.add("haineko_http_requests_total", "other", 503)
+        deadline = time.monotonic() + LINGER_TIMEOUT
+        self.lingering_503s += 1
         with contextlib.suppress(OSError):
             if not self.app.tls:
-                await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
-                await sock.drain(time.monotonic() + LINGER_TIMEOUT)
-                if linger:
+                await sock.sendall(octets, deadline)
+                await sock.drain(deadline)
+                if self.lingering_503s <= MAX_LINGERING_503:
                     await lingering_close(sock)
         self.lingering_503s -= 1
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that sent least for its time; return False if none waits for its client.
-
-        Those of an address with more than a quarter of `max_connections` go first.
-        """
-        limit, now = self.app.settings.httpd.max_connections // 4, time.monotonic()
-        crowded = {peer for peer, count in self.per_address.items() if count > limit}
-        waiting = list(itertools.islice(self.idle, MAX_VICTIMS))
-        return any(map(self._interrupt, sorted(waiting, key=lambda connection: connection.precedence(now, crowded))))
+        """Close the connection that waits longest for its client; return False if none does."""
+        return any(map(self._interrupt, list(self.idle)))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
@@ -9032,29 +7953,21 @@ class Worker:
             self.forget(connection)
         return found
 
-    async def _beat(self) -> None:
-        """Show the supervisor that this loop is not stuck."""
-        while metrics.columns:
-            metrics.beat()
-            await asyncio.sleep(0.5)
-
     async def _housekeeping(self) -> None:
-        """Once a second, close SMTP sessions that nobody uses, look for a new log file, and update the metrics."""
+        """Once a second, show that this loop is not stuck, close idle SMTP sessions, and update the log and metrics."""
         while True:
-            await asyncio.sleep(1.0)
+            metrics.beat()
             log.reopen()
-            self.update_gauges()
+            lost, log.lost_ever = log.lost_ever, 0
+            metrics.add("haineko_log_lines_lost_total", by=lost)
             await self.app.transport.sweep()
-
-    def update_gauges(self) -> None:
-        """Write what this process has at the moment into the metrics."""
-        pools = self.app.transport.pools.values()
-        metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
-        metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
-        metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
-        metrics.set("haineko_connections", "idle", to=len(self.idle))
-        metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
-        count_lost_lines()
+            pools = self.app.transport.pools.values()
+            metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
+            metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
+            metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
+            metrics.set("haineko_connections", "idle", to=len(self.idle))
+            metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
+            await asyncio.sleep(1.0)
 
     async def _reread(self) -> None:
         """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
@@ -9064,23 +7977,19 @@ class Worker:
                 self.app.apply(settings)
 
 
-def count_lost_lines() -> None:
-    lost, log.lost_ever = log.lost_ever, 0
-    metrics.add("haineko_log_lines_lost_total", by=lost)
-
-
 class Supervisor:
     """Process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
         self.settings, self.listeners = settings, listeners
-        self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
-        self.busy_counts: Any = [0]
+        workers = settings.httpd.workers or os.cpu_count() or 1
+        self.busy_counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("i")  # busy connections of each; for all to see
+        self.slots = range(workers + bool(settings.queue))  # indices in busy_counts; the last is the queue's process
+        self.workers: dict = {}  # pid: (monotonic time of its start, slot)
         self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
-        self.stopping = self.reload_requested = False
-        self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
-        self.respawn_not_before = 0.0  # no worker is started before this time
+        self.files = settings.files  # of the settings that were read last, faulty or not
+        self.stopping, self.respawn_not_before = False, 0.0  # no worker is started before this time
         self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
         is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog = int(is_ours and os.environ.pop("WATCHDOG_USEC", "0")) / 2e6  # seconds between messages to it
@@ -9092,12 +8001,10 @@ class Supervisor:
         alarm, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, self._signalled)
+        for number in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # its number is written to `wake`
         self.parent_pipe, self.child_pipe_end = socket.socketpair()
-        wanted = self.settings.httpd.workers or os.cpu_count() or 1
-        self.busy_counts = memoryview(mmap.mmap(-1, 4 * wanted)).cast("i")  # shared by all that are forked
-        metrics.allocate(METRICS, wanted + 2)  # the last rows are the queue's process's and the supervisor's
+        metrics.allocate(METRICS, len(self.busy_counts) + 2)  # the last rows: the queue's process, the supervisor
         metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
         metrics.set("haineko_reload_success", to=1)
         alarm.settimeout(min(self.watchdog or 1.0, 1.0))
@@ -9106,15 +8013,16 @@ class Supervisor:
         where = " ".join(url_of(listener, bool(self.settings.httpd.tls)) for listener in self.listeners)
         self._notify("READY=1", f"STATUS=listens at {where}")
         while not self.stopping:
+            numbers = b""
             with contextlib.suppress(socket.timeout):
-                alarm.recv(4096)
+                numbers = alarm.recv(4096)
+            self.stopping = signal.SIGTERM in numbers or signal.SIGINT in numbers
             self._reap()
             log.reopen()
-            count_lost_lines()
             if not self.stopping:
                 self._check_heartbeats(time.monotonic())
                 self._replace()
-                self._watch()
+                self._watch(signal.SIGHUP in numbers)
         return self._stop(alarm)
 
     def _notify(self, *lines: str) -> None:
@@ -9127,37 +8035,23 @@ class Supervisor:
 
     def _check_heartbeats(self, now: float) -> None:
         """Kill the workers that hang; while none does, say so to systemd's watchdog."""
-        beats = {pid: max(began, metrics.last_beat(self._row(slot))) for pid, (began, slot) in self.workers.items()}
-        hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT]
-        if now - self.looked > HANG_TIMEOUT / 2:  # this process, or the machine, did not run either
-            hanging = []
+        beats = {pid: max(began, metrics.last_beat(slot)) for pid, (began, slot) in self.workers.items()}
+        was_late = now - self.looked > HANG_TIMEOUT / 2  # this process, or the machine, did not run either
+        hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT and not was_late]
         self.looked = now
         for pid in hanging:
             log.lines(f"worker {pid} hangs; killing it", level="error")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._signal(hanging, signal.SIGKILL)
         if self.watchdog and not hanging and now - self.petted > self.watchdog * 0.9:
             self.petted = now
             self._notify("WATCHDOG=1")
 
-    def _row(self, slot: int | None) -> int:
-        """Return the row in the metrics of a worker, or of the queue's process."""
-        return len(self.busy_counts) if slot is None else slot
-
-    def _signalled(self, number: int, _: Any) -> None:
-        self.stopping = self.stopping or number in (signal.SIGTERM, signal.SIGINT)
-        self.reload_requested = self.reload_requested or number == signal.SIGHUP
-
     def _replace(self) -> None:
         """Start the workers that are missing; one that died within a second is replaced a second later."""
-        free = set(range(len(self.busy_counts))) - {slot for _, slot in self.workers.values()}
-        missing = self.settings.queue and None not in [slot for _, slot in self.workers.values()]
-        for slot in (*([None] if missing else []), *sorted(free)):
+        for slot in sorted(set(self.slots) - {slot for _, slot in self.workers.values()}):
             if time.monotonic() < self.respawn_not_before:
                 return
             sys.stderr.flush()
-            if slot is not None:
-                self.busy_counts[slot] = 0
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker handles them
             try:
                 pid = os.fork()
@@ -9170,19 +8064,18 @@ class Supervisor:
             if pid > 0:
                 self.workers[pid] = time.monotonic(), slot
 
-    def _become_worker(self, slot: int | None) -> None:
+    def _become_worker(self, slot: int) -> None:
         code = 1
         try:
             self.child_pipe_end.close()
-            for listener in self.listeners if slot is None else ():
-                listener.close()
+            if slot < len(self.busy_counts):
+                self.busy_counts[slot] = 0  # its predecessor has left a number there
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
-            listeners = [] if slot is None else self.listeners
-            metrics.use_row(self._row(slot))
-            shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
-            Worker(listeners, self.settings, *shared).run()
+            metrics.cells = metrics.rows[slot]
+            worker = Worker(self, slot)
+            worker.loop.run_until_complete(worker.serve())
             code = 0
         except BaseException:
             log_exception("worker")
@@ -9197,32 +8090,28 @@ class Supervisor:
                 return
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
-                name = "queue process" if slot is None else "worker"
+                name = "worker" if slot < len(self.busy_counts) else "queue process"
                 reason = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
                 log.lines(f"{name} {pid} ended ({reason}); starting a new one", level="error")
                 metrics.add("haineko_workers_restarted_total")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
-    def _watch(self) -> None:
-        """Apply settings that changed, or log their faults once."""
+    def _watch(self, is_requested: bool) -> None:
+        """Apply settings that changed, or log their faults once; a reload may be requested by SIGHUP."""
         settings = self.settings
-        if not settings.path:
+        is_changed = self.files != tuple((path, stat_key(path)) for path, _ in self.files)
+        if not settings.path or not (is_requested or is_changed):
             return
-        seen = self.bad_stat_keys or settings.files
-        if not self.reload_requested and seen == tuple((path, stat_key(path)) for path, _ in seen):
-            return
-        self.reload_requested = False
         self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         fresh, errors = load_settings(settings.path)
         self._notify("READY=1", f"STATUS=reload failed: {len(errors)} errors" if errors else "STATUS=reloaded")
         metrics.set("haineko_reload_success", to=int(not errors))
+        self.files = fresh.files
         if errors:
-            self.bad_stat_keys = fresh.files
             lines = [f"  {sanitize(error)}" for error in errors]
             log.lines("reload failed; keeping the current settings:", *lines, level="error")
             return
-        self.bad_stat_keys = ()
         for part in ("listen", "workers"):
             if getattr(fresh.httpd, part) != getattr(settings.httpd, part):
                 log.lines(f"httpd.{part}: takes effect at the next start")
@@ -9232,10 +8121,10 @@ class Supervisor:
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog, fresh.smtpd.log)
         log.lines(f"reloaded {settings.path}", *filter(None, [fresh.smtpd.staging]))
-        self._signal_workers(signal.SIGHUP)
+        self._signal(self.workers, signal.SIGHUP)
 
-    def _signal_workers(self, number: int) -> None:
-        for pid in self.workers:
+    def _signal(self, pids: Any, number: int) -> None:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -9243,34 +8132,26 @@ class Supervisor:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         self._notify("STOPPING=1", "STATUS=answering what is in flight")
         for listener in self.listeners:
-            if listener.family == socket.AF_UNIX and not isinstance(listener, ActivatedSocket):
-                with contextlib.suppress(OSError):
-                    os.unlink(listener.getsockname())
-            listener.close()
-        self._signal_workers(signal.SIGTERM)
+            listener.close()  # a Unix socket's file stays: bind() replaces it, and systemd's is systemd's
+        self._signal(self.workers, signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
             with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
             self._reap()
-        self._signal_workers(signal.SIGKILL)
+        self._signal(self.workers, signal.SIGKILL)
         log.lines("stopped")
         return 0
 
 
 def bind(listen: str) -> socket.socket:
-    """Return a listening TCP or Unix socket; raise OSError."""
-    if listen.startswith("unix:"):
-        return bind_unix(listen[5:])
-    name, _, port = listen.rpartition(":")
-    family, *_, address = socket.getaddrinfo(
-        ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    return socket.create_server(address, family=family, backlog=BACKLOG)
-
-
-def bind_unix(path: str) -> socket.socket:
-    """Return a listening Unix socket; one left over by a server that is gone is replaced."""
+    """Return a listening TCP or Unix socket, in place of one that a server left which is gone; raise OSError."""
+    if not listen.startswith("unix:"):
+        name, _, port = listen.rpartition(":")
+        host = ascii_domain(name.strip("[]")).encode()
+        family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    path = listen[5:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         found = client.connect_ex(path)
     if found == errno.ECONNREFUSED and not stat.S_ISSOCK(os.stat(path).st_mode):  # a file refuses as well
@@ -9287,16 +8168,12 @@ def bind_unix(path: str) -> socket.socket:
     return listener
 
 
-class ActivatedSocket(socket.socket):
-    """Listening socket that systemd has opened, and removes."""
-
-
 def activated_sockets() -> list:
     """Return the sockets that systemd passes to this process, from descriptor 3 on (sd_listen_fds(3))."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    listeners = [ActivatedSocket(fileno=number) for number in range(3, 3 + int(count))]
+    listeners = [socket.socket(fileno=number) for number in range(3, 3 + int(count))]
     for listener in listeners:
         listener.set_inheritable(False)
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -9305,7 +8182,6 @@ def activated_sockets() -> list:
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
-    """Return the URL of a listener."""
     address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return f"unix:{address}"
@@ -9316,8 +8192,14 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 # ======================================================================================================================
 # 20. Commands
 #     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
-#     A new command is one function and one row of COMMANDS, the table at the end, with its arguments in ARGUMENTS.
+#     Commands stand in the order of COMMANDS, the table at the end; a new one is a function and a row there.
 # ======================================================================================================================
+
+LOCAL_HOST = r"(?:localhost|127\.[\d.]+|\[?::1\]?)"
+SPF_TERM = (  # RFC 7208; `lookup`: what counts as one, `inner`: a domain whose record counts too
+    r"[+?~-]?(?:all|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?|(?P<lookup>(?:include:|redirect=)(?P<inner>\S+)"
+    r"|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?))|[a-z][\w.-]*=\S*"
+)
 
 
 class CommandError(Exception):
@@ -9326,16 +8208,17 @@ class CommandError(Exception):
 
 def main(argv: list) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or settings."""
-    open_standard_streams()
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # closed: a socket would get the number, and what is printed
+        name = ("stdin", "stdout", "stderr")[number]
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+    os.close(number)
     try:
         if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
             return command_sendmail(argv[1:])  # its flags are older than argparse
-        parser, commands = argument_parsers()
-        if not argv or argv[0] not in commands:
-            parser.parse_args(argv)  # prints help, the version, or what is wrong
-        return COMMANDS[argv[0]].run(commands[argv[0]].parse_intermixed_args(argv[1:]))
+        command, options = parse_arguments(argv)
+        return command(options)
     except CommandError as error:
-        return print_error(*error.args)
+        return print_message(*error.args)
     except BrokenPipeError:  # of stdout: `queue | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -9343,30 +8226,27 @@ def main(argv: list) -> int:
         return 130
 
 
-def open_standard_streams() -> None:
-    """Open those of descriptors 0 to 2 that are closed: a socket with such a number would be read or written to."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest free number
-        name = ("stdin", "stdout", "stderr")[number]
-        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
-    os.close(number)
-
-
-def argument_parsers() -> tuple:
-    """Return (the argparse.ArgumentParser, {command: its own})."""
+def parse_arguments(argv: list) -> tuple:
+    """Return (function of the command, its options); help, the version and wrong usage end the program."""
     import argparse
 
-    top = argparse.ArgumentParser(
-        prog="haineko.py", description="HTTP server that relays mail, POSTed as JSON, by SMTP."
-    )
+    names = "\n".join(f"    {name:9} {command.__doc__}" for name, (command, _) in COMMANDS.items())
+    top = argparse.ArgumentParser("haineko.py", "haineko.py COMMAND [options]", epilog=f"commands:\n{names}")
+    top.formatter_class = argparse.RawDescriptionHelpFormatter
     top.add_argument("--version", action="version", version=f"Haineko {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, row in COMMANDS.items():
-        about = row.run.__doc__.rstrip(".")
-        parser = commands.add_parser(name, help=about, description=about)
-        for key in row.arguments.split():
-            names, details = ARGUMENTS[key]
-            parser.add_argument(*names, **details)
-    return top, commands.choices
+    top.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    name = top.parse_args(argv[:1]).command
+    command, arguments = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"haineko.py {name}", description=command.__doc__)
+    for word in arguments.split():
+        names, details = ARGUMENTS.get(word, (word, {}))
+        parser.add_argument(*names.split(), **details)
+    return command, parser.parse_intermixed_args(argv[1:])
+
+
+def print_message(text: str, code: int) -> int:
+    print(f"haineko: {text}", file=sys.stderr)
+    return code
 
 
 def settings_path(given: str | None) -> str | None:
@@ -9382,9 +8262,6 @@ def usable_settings(given: str | None) -> Settings:
     if errors:
         raise CommandError("\n".join(["the settings can't be used:", *[f"  {error}" for error in errors]]), 2)
     return settings
-
-
-# -- server and daemon
 
 
 def command_serve(options: Any) -> int:
@@ -9404,43 +8281,25 @@ def prepare_server(options: Any) -> tuple:
     if errors:
         raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
-    raise_nofile_limit()
+    with contextlib.suppress(OSError, ValueError):  # each client needs an open file, and each of its deliveries another
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     if settings.queue:
         database = QueueDB(settings.queue)
         database.commit([])
         database.close(for_good=True)
         if NEWER_VERSION in database.fault:
             raise CommandError(f"the queue can't be used: {database.fault}", 2)
+    address = "a socket of $LISTEN_FDS"
     try:
-        listeners = activated_sockets() or [open_listener(address) for address in settings.httpd.listen]
-    except OSError as error:
-        raise CommandError(f"a socket of $LISTEN_FDS can't be used: {error.strerror}", 1) from None
-    outside = [one for one in listeners if one.family != socket.AF_UNIX]
-    outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
-    if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
-        words = f"passwords and keys come to {url_of(outside[0], False)} without TLS"
-        log.write_bytes(f"haineko: {words}: set httpd.tls, or httpd.trusted_proxies behind a proxy\n".encode())
+        listeners = activated_sockets()
+        for address in () if listeners else settings.httpd.listen:
+            listeners.append(bind(address))
+    except (OSError, UnicodeError) as error:
+        raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
     for text in risk_warnings(settings):
         log.write_bytes(sanitize(f"haineko: warning: {text}", 500).encode() + b"\n")
     return settings, listeners
-
-
-def open_listener(address: str) -> socket.socket:
-    try:
-        return bind(address)
-    except (OSError, UnicodeError) as error:
-        raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
-
-
-def raise_nofile_limit(most: int = 65536) -> None:
-    """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
-    import resource
-
-    with contextlib.suppress(OSError, ValueError):
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)  # setrlimit() may reject infinity
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def announce(settings: Settings, listeners: list) -> str:
@@ -9456,175 +8315,133 @@ def announce(settings: Settings, listeners: list) -> str:
 
 def command_start(options: Any) -> int:
     """Run the server as a daemon; return when it listens."""
-    pid_file = pid_file_path(options)
-    if running_pid(pid_file):
-        raise CommandError(f"runs already (pid {running_pid(pid_file)})", 1)
+    pid_file, log_file = daemon_files(options)
+    if pid := running_daemon(pid_file)[0]:
+        raise CommandError(f"runs already (pid {pid})", 1)
     settings, listeners = prepare_server(options)
-    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC"):  # systemd waits for the process that it has started
-        os.environ.pop(name, None)
-    read_end, write_end = os.pipe()
-    sys.stderr.flush()
-    if os.fork():
-        os.close(write_end)
-        line = os.read(read_end, 4096).decode()
-        print(line or "haineko: did not start; see the log\n", end="", file=sys.stderr)
-        return 0 if " listens at " in line else 1
-    os.setsid()
-    if os.fork():  # the daemon leads no session, so that it can never get a terminal
-        os._exit(0)
-    code = 1
     try:
-        code = run_daemon(settings, listeners, pid_file, write_end)
-    except OSError as error:
-        os.write(write_end, f"haineko: can't start: {error}\n".encode())
-    finally:
-        os._exit(code)
-
-
-def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: int) -> int:
-    """Run the server detached from its terminal; `write_end` of a pipe gets a line when it listens."""
-    import fcntl
-
-    log_file = log_path(pid_file) if settings.smtpd.syslog.disabled else "/dev/null"
-    output = os.open(log_file, log.FILE_FLAGS, 0o600)
-    pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
+        output = os.open(log_file, log.FILE_FLAGS, 0o600)
+        pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         fcntl.flock(pid_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept for life: `status` asks for the lock, not for the pid
-    except OSError:
-        os.write(write_end, b"haineko: runs already\n")
-        return 1
-    os.ftruncate(pid_fd, 0)
+        os.ftruncate(pid_fd, 0)
+    except OSError as error:
+        raise CommandError(f"can't start: {error}", 1) from None
+    sys.stderr.flush()
+    if pid := os.fork():
+        while not (urls := running_daemon(pid_file)[2]):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                raise CommandError("did not start; see the log", 1)
+            time.sleep(0.02)
+        return print_message(f"listens at {urls} (pid {pid}, log {log_file})", 0)
+    os.setsid()
     os.chdir("/")
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(target, number)
     log.path = log_file
-
-    def ready() -> None:
-        pid, urls = os.getpid(), announce(settings, listeners)
-        os.write(pid_fd, f"{pid}\n{urls}\n".encode())
-        os.write(write_end, f"haineko {__version__} listens at {urls} (pid {pid}, log {log_file})\n".encode())
-        os.close(write_end)
-
-    code = Supervisor(settings, listeners).run(ready)
+    code = Supervisor(settings, listeners).run(
+        lambda: os.write(pid_fd, f"{os.getpid()}\n{announce(settings, listeners)}\n".encode())
+    )
     os.unlink(pid_file)
     return code
 
 
-def pid_file_path(options: Any) -> str:
-    """Return --pid-file, else haineko.pid beside the settings or this file."""
+def daemon_files(options: Any) -> tuple:
+    """Return the paths of the pid file, --pid-file or haineko.pid beside the settings or this file, and of the log."""
     beside = settings_path(options.config) or os.path.realpath(__file__)
-    return os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
+    pid_file = os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
+    return pid_file, pid_file.removesuffix(".pid") + ".log"
 
 
-def log_path(pid_file: str) -> str:
-    return re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
-
-
-def running_pid(pid_file: str) -> int:
-    """Return the pid of the daemon that has the file locked, 0 if none has."""
-    import fcntl
-
+def running_daemon(pid_file: str) -> tuple:
+    """Return (pid, time of its start, URLs) of the daemon that has the file locked; (0, 0.0, "") if none has."""
     with contextlib.suppress(OSError, ValueError), open(pid_file, encoding="ascii") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared lock needs no right to write
         except OSError:
-            return int(stream.readline() or 0)  # URLs follow
-    return 0
+            pid, *urls = stream.read().split()
+            return int(pid), os.fstat(stream.fileno()).st_mtime, " ".join(urls)
+    return 0, 0.0, ""
 
 
 def command_stop(options: Any) -> int:
     """Stop the daemon when all mail in flight is answered."""
-    pid_file = pid_file_path(options)
-    pid = signal_daemon(pid_file, signal.SIGTERM)
-    deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 10
-    while running_pid(pid_file):
+    pid, deadline = signal_daemon(options, signal.SIGTERM), time.monotonic() + SHUTDOWN_TIMEOUT + 10
+    while running_daemon(daemon_files(options)[0])[0]:
         if time.monotonic() > deadline:
             raise CommandError(f"pid {pid} does not stop", 1)
         time.sleep(0.05)
-    print("haineko: stopped", file=sys.stderr)
-    return 0
+    return print_message("stopped", 0)
 
 
 def command_restart(options: Any) -> int:
     """Stop the daemon and start it."""
     usable_settings(options.config)  # a faulty file must not cost the server that runs
-    if running_pid(pid_file_path(options)):
+    if running_daemon(daemon_files(options)[0])[0]:
         command_stop(options)
     return command_start(options)
 
 
 def command_status(options: Any) -> int:
     """Say whether the daemon runs, since when and where it listens."""
-    pid_file = pid_file_path(options)
-    pid = running_pid(pid_file)
-    if not pid:
-        print("haineko does not run")
-        return 1
-    text = f"haineko runs (pid {pid})"
-    with contextlib.suppress(OSError), open(pid_file, encoding="ascii") as stream:  # it may stop just now
-        urls, log_file = " ".join(stream.read().split()[1:]), log_path(pid_file)
-        text += f" since {local_time(os.fstat(stream.fileno()).st_mtime)}"
-        text += f", listens at {urls}" if urls else ", starting"
-        text += f", log {log_file}" if os.path.exists(log_file) else ""
-    print(text)
-    return 0
+    pid_file, log_file = daemon_files(options)
+    pid, since, urls = running_daemon(pid_file)
+    where = f" (pid {pid}) since {local_time(since)}, listens at {urls}, log {log_file}"
+    print(f"haineko runs{where}" if pid else "haineko does not run")
+    return int(not pid)
 
 
 def command_reload(options: Any) -> int:
     """Have the daemon read its settings again."""
     usable_settings(options.config)
-    signal_daemon(pid_file_path(options), signal.SIGHUP)
+    signal_daemon(options, signal.SIGHUP)
     return 0
 
 
-def signal_daemon(pid_file: str, number: int) -> int:
+def signal_daemon(options: Any, number: int) -> int:
     """Send the daemon a signal; return its pid."""
-    pid = running_pid(pid_file)
+    pid = running_daemon(daemon_files(options)[0])[0]
     if not pid:
         raise CommandError("does not run", 1)
     try:
         os.kill(pid, number)
-    except ProcessLookupError:  # killed, but its workers still hold the lock for a moment
-        pass
-    except PermissionError:
-        raise CommandError(f"pid {pid} is another user's", 1) from None
+    except OSError as error:
+        raise CommandError(f"pid {pid}: {error.strerror}", 1) from None
     return pid
-
-
-# -- check and route
 
 
 def command_check(options: Any) -> int:
     """Print every fault of the settings, or where mail would go."""
     path = settings_path(options.config)
     settings, errors = load_settings(path)
-    for error in errors:
-        print(error)
     if errors:
+        print(*errors, sep="\n")
         return 1
     route, why = resolve_route("", "", settings)
-    count = len(settings.mailertable) + len(settings.sendermt)
-    staging = settings.smtpd.staging and f"{settings.smtpd.staging}; "
-    more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
+    staging, printed = settings.smtpd.staging and f"{settings.smtpd.staging}; ", "" if path else "; printed"
+    to = settings.recipients
+    names = [*sorted(f"@{domain}" for domain in to.domainpart), *sorted(to.recipients)]
+    permitted = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)} only" if names else "nobody"
+    permitted = "everybody" if to.open_relay else f"{permitted} (setting recipients)"
     print(
-        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){more}; "
-        f"may be written to: {describe_recipients(settings.recipients)}"
-        f"{'' if os.geteuid() else '; warning: the server needs no root'}"
+        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){printed}; "
+        f"may be written to: {permitted}{'' if os.geteuid() else '; warning: the server needs no root'}"
     )
-    print_warnings(settings)
+    for text in dict.fromkeys([*risk_warnings(settings), *other_warnings(settings)]):
+        print(sanitize(f"warning: {text}", 500), file=sys.stderr)
     return run(run_checks(settings, options))
 
 
 async def run_checks(settings: Settings, options: Any) -> int:
     """Run the checks that the options ask for, print a line for each step, and return the exit code."""
-    sender, selector = parse_address(options.sender or ""), options.selector
+    sender, selector, failed = parse_address(options.sender or ""), options.selector, False
     if options.sender and not (sender and sender.domain[0] != "["):
         raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
     if selector and not DOMAIN.fullmatch(selector):
         raise CommandError(f'"{selector}" is no selector', 2)
-    domain, transport, failed = sender.domain if sender else "", TransportContext(settings.smtpd.resolver), False
-    probes = connectivity_probes(settings, domain) if options.connect else ()
-    checks = [(name, run_probe(probe, transport)) for name, probe in probes]
+    domain, transport, checks = sender.domain if sender else "", TransportContext(settings.smtpd.resolver), []
+    for name, route, only_domain in named_routes(settings) if options.connect else ():
+        probe = ConnectivityProbe(route, settings.hostname, only_domain or domain)
+        checks.append((name, run_probe(probe, transport)))
     if domain:
         checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
@@ -9634,257 +8451,170 @@ async def run_checks(settings: Settings, options: Any) -> int:
     return int(failed)
 
 
+def named_routes(settings: Settings) -> Any:
+    """Yield (path in the settings, Route, the one domain that it is for or "") of every route."""
+    for table in ("mailertable", "sendermt"):
+        for key, first in getattr(settings, table).items():
+            domain = key if table == "mailertable" and key != "default" and not key.startswith(".") else ""
+            for i, route in enumerate(first.choices):
+                yield f"{table}.{key}[{i}]" if first.fallbacks else f"{table}.{key}", route, domain
+    if "default" not in {**settings.mailertable, **settings.sendermt}:
+        yield "no route", FALLBACK_ROUTE, ""
+
+
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
-    route, results, step = probe.route, [], "TOKEN"
+    route, results = probe.route, []
     try:
         if route.oauth2:
             token = await transport.tokens.token_for(route)
             route = replace(route, credentials=(route.credentials[0], token.text))
             text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
-            results.append(CheckResult(step, True, text))
-        step = ""
+            results.append(CheckResult("TOKEN", True, text))
         return results + await route.row.probe(probe._replace(route=route), transport)
     except Rejected as rejected:
-        return [*results, failed_step(step or rejected.reply.command, rejected.reply)]
+        step = "TOKEN" if route.oauth2 and not results else rejected.reply.command
+        return [*results, failed_step(step, rejected.reply)]
     except OSError as error:
         return [*results, CheckResult("CONN", False, error_text(error))]
 
 
-def connectivity_probes(settings: Settings, domain: str) -> list:
-    """Return (path in the settings, probe) of every route; `domain` is probed where the route is for many domains."""
-    probes = []
-    for table in ("mailertable", "sendermt"):
-        for key, route in getattr(settings, table).items():
-            named = table == "mailertable" and key != "default" and not key.startswith(".")
-            for i, choice in enumerate(route.choices):
-                place = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
-                probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
-    if "default" not in {**settings.mailertable, **settings.sendermt}:
-        probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
-    return probes
-
-
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> list:
-    """Check what large receivers read in DNS of a sender's domain: SPF, DKIM and DMARC records."""
-
-    async def texts(name: str) -> tuple:
-        found = await resolver.lookup(name, TXT, time.monotonic() + Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS)
-        if found.code == SERVFAIL:
-            raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
-        return found.values
-
-    async def result(step: str, check: Any) -> CheckResult:
+    """Check what large receivers read in DNS of a sender's domain; a check describes a record or raises ValueError."""
+    checks = (check_spf(domain, resolver), check_dkim(domain, selector, resolver, keys), check_dmarc(domain, resolver))
+    results = []
+    for step, check in zip(("SPF", "DKIM", "DMARC"), checks):
         try:
-            return CheckResult(step, True, await check)
+            results.append(CheckResult(step, True, await check))
         except ValueError as error:
-            return CheckResult(step, False, str(error))
-
-    return [
-        await result("SPF", check_spf(domain, texts)),
-        await result("DKIM", check_dkim(domain, selector, keys, texts)),
-        await result("DMARC", check_dmarc(domain, texts)),
-    ]
+            results.append(CheckResult(step, False, str(error)))
+    return results
 
 
-async def check_spf(domain: str, texts: Callable) -> str:
-    """Describe the domain's SPF record; ValueError says why receivers refuse by it (RFC 7208)."""
-    record = spf_record(domain, await texts(domain))
-    if record.lower().split()[1:2] == ["-all"]:
-        raise ValueError(f"{domain}: v=spf1 -all says that the domain sends no mail at all")
-    lookups, records, seen = 0, [record], {domain}
-    for text in records:  # included ones are appended
-        for mechanism, name in re.findall(SPF_LOOKUP, text):
-            lookups += 1
-            if lookups > MAX_SPF_LOOKUPS:
-                raise ValueError(f"{domain}: more than {MAX_SPF_LOOKUPS} look-ups (RFC 7208 4.6.4): receivers refuse")
-            inner = name.lower()
-            if mechanism.lower() in ("include:", "redirect=") and "%" not in inner and inner not in seen:
-                seen.add(inner)
-                records.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
-    return f"{sanitize(record)} ({lookups} of {MAX_SPF_LOOKUPS} look-ups)"
+async def txt_record(name: str, pattern: str, resolver: Resolver) -> str:
+    """Return the one TXT record of a name that the pattern matches, "" if there is none."""
+    found = await resolver.lookup(name, TXT, time.monotonic() + Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS)
+    if found.code == SERVFAIL:
+        raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
+    records = [text for text in found.values if re.match(pattern, text)]
+    if len(records) > 1:
+        raise ValueError(f"{name}: more than one record: none counts")
+    return records[0] if records else ""
 
 
-def spf_record(where: str, texts: tuple) -> str:
-    """Return the one valid SPF record among TXT records."""
-    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
-    if len(records) != 1:
-        raise ValueError(f"{where}: {'two SPF records: neither counts' if records else 'no SPF record'}")
-    for term in records[0].split()[1:]:
-        if not re.fullmatch(SPF_TERM, term):
-            raise ValueError(f'{where}: "{sanitize(term, 80)}" is no term of SPF: the record does not count')
-        if term.lower() in ("all", "+all"):
-            raise ValueError(f"{where}: +all lets everybody send in its name: receivers treat it as spam")
-    return records[0]
+async def check_spf(domain: str, resolver: Resolver) -> str:
+    """Check the domain's SPF record and those that it includes (RFC 7208)."""
+    shown, lookups, names = "", 0, [domain]
+    for name in names:  # included ones are appended
+        record = await txt_record(name, r"(?i)v=spf1(?:\s|$)", resolver)
+        terms = record.lower().split()[1:]
+        found = [re.fullmatch(SPF_TERM, term) for term in terms]
+        unknown = next((term for term, match in zip(terms, found) if not match), "")
+        lookups += len([match for match in found if match and match["lookup"]])
+        raise_fault(
+            name,
+            (not record, "no SPF record"),
+            (name == domain and terms[:1] == ["-all"], "v=spf1 -all says that the domain sends no mail at all"),
+            (unknown, f'"{sanitize(unknown, 80)}" is no term of SPF: the record does not count'),
+            ({"all", "+all"}.intersection(terms), "+all lets everybody send in its name: receivers treat it as spam"),
+            (lookups > 10, f"{domain} has more than 10 look-ups (RFC 7208 4.6.4): receivers refuse"),
+        )
+        inner = [match["inner"] for match in found if match["inner"] and "%" not in match["inner"]]  # %: of a mail
+        names += [included for included in inner if included not in names]
+        shown = shown or sanitize(record)
+    return f"{shown} ({lookups} of 10 look-ups)"
 
 
-MAX_SPF_LOOKUPS = 10  # RFC 7208 4.6.4
-SPF_LOOKUP = r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)"
-SPF_TERM = (
-    r"(?i)[+?~-]?(?:all|include:\S+|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?"
-    r"|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?)|[a-z][\w.-]*=\S*"
-)
+def raise_fault(name: str, *faults: tuple) -> None:
+    """Raise ValueError with the first fault of (whether it is there, words)."""
+    for found, words in faults:
+        if found:
+            raise ValueError(f"{name}: {words}")
 
 
-async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> str:
-    """Describe the DKIM key of that selector, or of the one in the settings; ValueError says why it is of no use."""
+async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> str:
+    """Check the DKIM key of that selector, or of the one in the settings (RFC 6376)."""
     own = find_dkim_key(domain, keys)
-    if own and selector in (None, own.selector):
-        domain, selector = own.domain, own.selector
-    elif selector:
-        own = None
-    else:
+    if not (own or selector):
         return "not looked at; --selector names the key"
-    name = f"{selector}._domainkey.{domain}"
-    records = await texts(name)
-    try:
-        return f"{name}: {dkim_key(records, own)}"
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def dkim_key(texts: tuple, own: DkimKey | None) -> str:
-    """Describe the public key in the TXT records of a selector, which must be that of `own`, a key of the settings."""
-    if len(texts) != 1:
-        raise ValueError("more than one record: none counts" if texts else "no key: signatures can't be verified")
-    tags = parse_tags(texts[0])
-    if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
-        raise ValueError("not a DKIM key")
-    public = re.sub(r"\s", "", tags["p"])
-    if not public:
-        raise ValueError("the key is revoked (p= is empty)")
-    if own and public != parse_tags(dkim_record(own))["p"]:
-        raise ValueError(f"not the key of the settings, which `haineko.py dkim {own.domain}` prints")
-    try:
+    own = own if own and selector in (None, own.selector) else None
+    name = f"{own.selector}._domainkey.{own.domain}" if own else f"{selector}._domainkey.{domain}"
+    record = await txt_record(name, "", resolver)
+    tags, key = parse_tags(record), b""
+    public, is_ed25519 = re.sub(r"\s", "", tags.get("p", "")), tags.get("k", "rsa") == "ed25519"
+    with contextlib.suppress(ValueError):
         key = base64.b64decode(public, validate=True)
-    except ValueError:
-        raise ValueError("the key is no base64") from None
-    is_ed25519 = tags.get("k", "rsa") == "ed25519"
-    if is_ed25519 and len(key) != 32:
-        raise ValueError("an ed25519 key has 32 octets")
-    if own:
-        info = PrivateKey.ED25519_INFO + key if is_ed25519 else key
-        if not PrivateKey.verify(info, b"Haineko", own.private.sign(b"Haineko")):
-            raise ValueError("a signature of ours is not valid by this key")
-    if is_ed25519:
-        return "ed25519"
     bits = rsa_bits(key)
-    if bits < 1024:
-        raise ValueError(f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least (RFC 8301)")
-    return f"RSA, {bits} bits" + "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
+    raise_fault(
+        name,
+        (not record, "no key: signatures can't be verified"),
+        (tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags, "not a DKIM key"),
+        (not public, "the key is revoked (p= is empty)"),
+        (own and public != parse_tags(dkim_record(own))["p"], "not the key of the settings: see `haineko.py dkim`"),
+        (not key, "the key is no base64"),
+        (is_ed25519 and len(key) != 32, "an ed25519 key has 32 octets"),
+        (not is_ed25519 and bits < 1024, f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least"),
+    )
+    under_test = "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
+    return f"{name}: {'ed25519' if is_ed25519 else f'RSA, {bits} bits'}{under_test}"
 
 
-async def check_dmarc(domain: str, texts: Callable) -> str:
-    """Describe the DMARC policy of the domain or of one above it; ValueError says why it does not count (RFC 7489)."""
-    labels = domain.split(".")
-    for i in range(max(len(labels) - 1, 1)):
-        name = "_dmarc." + ".".join(labels[i:])
-        records = [text for text in await texts(name) if re.match(r"v=DMARC1\s*(?:;|$)", text)]
-        if len(records) > 1:
-            raise ValueError(f"{name}: more than one record: none counts")
-        if records:
-            tags = parse_tags(records[0])
-            policy = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
+async def check_dmarc(domain: str, resolver: Resolver) -> str:
+    """Check the DMARC policy of the domain or of one above it (RFC 7489)."""
+    for parent in lookup_keys(domain)[:-1] or [domain]:
+        name = f"_dmarc.{parent.lstrip('.')}"
+        record = await txt_record(name, r"v=DMARC1\s*(?:;|$)", resolver)
+        if record:
+            tags = parse_tags(record)
+            policy = tags.get("p", "") if parent == domain else tags.get("sp", tags.get("p", ""))
             if policy.lower() not in ("none", "quarantine", "reject"):
                 raise ValueError(f"{name}: p= names no policy: it does not count")
-            return f"{name}: {sanitize(records[0])}"
+            return f"{name}: {sanitize(record)}"
     raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
 
 
-def describe_recipients(recipients: Recipients) -> str:
-    """Describe the recipients that are permitted, for people."""
-    if recipients.open_relay:
-        return "everybody"
-    names = [*sorted(f"@{domain}" for domain in recipients.domainpart), *sorted(recipients.recipients)]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"{', '.join(names[:8])}{more} only (setting recipients)" if names else "nobody (setting recipients)"
-
-
-def print_warnings(settings: Settings) -> None:
-    """Print warnings of settings that are valid but risky."""
-    for text in dict.fromkeys([*route_warnings(settings), *server_warnings(settings), *file_warnings(settings)]):
-        print(sanitize(f"warning: {text}", 500), file=sys.stderr)
-
-
-def route_warnings(settings: Settings) -> list:
-    found, tables = [], {"mailertable": settings.mailertable, "sendermt": settings.sendermt}
-    for where, route in [(f"{table}.{key}", route) for table in tables for key, route in tables[table].items()]:
-        if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
-            found.append(f"{where}.host: {route.host} is an example")
-        if route.relay == "ESMTP" and not (route.starttls or route.port == SMTPS or is_loopback(route.host)):
-            found.append(f"{where}.starttls: mail goes to {route.host} without TLS")
-        for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
-            if not value and key in route.row.login and not (route.oauth2 and key == "password"):
-                found.append(f"authinfo.{route.auth}.{key}: is empty")
-    return found
-
-
-def server_warnings(settings: Settings) -> list:
-    httpd, recipients, found = settings.httpd, settings.recipients, []
+def risk_warnings(settings: Settings) -> Any:
+    """Yield warnings of what lets strangers use the server or learn a secret; the start tells them too."""
+    httpd, relayhosts = settings.httpd, settings.relayhosts
     for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
-        if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
-            found.append(
-                f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
-            )
-    found += risk_warnings(settings)
-    named = recipients.open_relay or recipients.recipients or recipients.domainpart - {settings.hostname.lower()}
-    if not named and resolve_route("", "", settings)[0].relay not in ("Screen", "Discard", "File"):
-        found.append(f"recipients: only addresses at {settings.hostname} may be written to")
-    old = sorted(user for user, login in settings.password.logins.items() if login.hash.startswith("{SSHA}"))
-    return found + [
-        f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line" for user in old
-    ]
-
-
-def risk_warnings(settings: Settings) -> list:
-    """Return warnings of what lets strangers use the server or learn a secret; the start tells them too."""
-    relayhosts, found = settings.relayhosts, []
+        if not re.fullmatch(rf"unix:.*|{LOCAL_HOST}:\d+", address):
+            yield f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
     networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
     from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
     if settings.recipients.open_relay and from_outside and not settings.password.logins:
-        found.append("recipients.open-relay: other machines (relayhosts) may write to everybody without a login")
-    for text in settings.httpd.trusted_proxies.texts:
-        if not ipaddress.ip_network(text, strict=False).prefixlen:
-            found.append(f"httpd.trusted_proxies: {text} lets every client say that it has any address")
-    for table, routes in (("mailertable", settings.mailertable), ("sendermt", settings.sendermt)):
-        for key, route in routes.items():
-            for i, choice in enumerate(route.choices):
-                if choice.auth and not choice.tls_verify:
-                    where = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
-                    words = f"whoever is in between can read the secret of authinfo.{choice.auth}"
-                    found.append(f"{where}.tls_verify: {words}")
-    return found
+        yield "recipients.open-relay: other machines (relayhosts) may write to everybody without a login"
+    for text in httpd.trusted_proxies.texts:
+        if text.endswith("/0"):
+            yield f"httpd.trusted_proxies: {text} lets every client say that it has any address"
+    for name, route, _ in named_routes(settings):
+        if route.auth and not route.tls_verify:
+            yield f"{name}.tls_verify: whoever is in between can read the secret of authinfo.{route.auth}"
 
 
-def is_loopback(host: str) -> bool:
-    return host == "localhost" or (is_ip(host) and parse_ip(host) in LOOPBACK)
-
-
-def file_warnings(settings: Settings) -> list:
-    """Return warnings of files that another user could change, and of a queue that a restart or a network may lose."""
-    found, files = [], [path for path, _ in settings.files]
-    files += [settings.queue.path] if settings.queue else []
-    for path in dict.fromkeys([*files, *map(os.path.dirname, files)]):
+def other_warnings(settings: Settings) -> Any:
+    """Yield warnings of values that are valid, but hardly meant, and of files that another user could change."""
+    for name, route, _ in named_routes(settings):
+        if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
+            yield f"{name}.host: {route.host} is an example"
+        if route.relay == "ESMTP" and not (
+            route.starttls or route.port == SMTPS or re.fullmatch(LOCAL_HOST, route.host)
+        ):
+            yield f"{name}.starttls: mail goes to {route.host} without TLS"
+        for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
+            if not value and key in route.row.login and not (route.oauth2 and key == "password"):
+                yield f"authinfo.{route.auth}.{key}: is empty"
+    for user, login in sorted(settings.password.logins.items()):
+        if login.hash.startswith("{SSHA}"):
+            yield f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line"
+    files = [*(path for path, _ in settings.files), *([settings.queue.path] if settings.queue else [])]
+    for path in [*files, *map(os.path.dirname, files)]:
         with contextlib.suppress(OSError):
             about = os.stat(path)
             sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
             if about.st_mode & 0o022 and not sticky:
-                found.append(f"{path} can be changed by other users; chmod go-w {path}")
-            if about.st_uid not in (0, os.geteuid()) and os.geteuid():
-                found.append(f"{path} belongs to another user")
-    kind = file_system(settings.queue.path) if settings.queue else ""
-    volatile = re.fullmatch(r"tmpfs|ramfs|nfs\d?|cifs|smb3|fuse\.sshfs|9p", kind)
-    return [*found, f"queue.path: {kind} is no file system of a disk of this machine"] if volatile else found
-
-
-def file_system(path: str) -> str:
-    """Return the type of the file system that a path is on, "" if unknown."""
-    mounts, folder = {"/": ""}, os.path.realpath(path)
-    with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8", errors="replace") as stream:
-        mounts.update([line.split(" ")[1:3] for line in stream])
-    while folder not in mounts:
-        folder = os.path.dirname(folder)
-    return mounts[folder]
+                yield f"{path} can be changed by other users; chmod go-w {path}"
+            if os.geteuid() and about.st_uid not in (0, os.geteuid()):
+                yield f"{path} belongs to another user"
 
 
 def command_route(options: Any) -> int:
@@ -9902,7 +8632,7 @@ def print_route(address: str, sender_address: str, settings: Settings) -> int:
     print(f"{address}: {describe_route(route)} ({why})")
     if refusal:
         print(f"{address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
-    return 1 if refusal else 0
+    return int(bool(refusal))
 
 
 def command_dkim(options: Any) -> int:
@@ -9916,20 +8646,41 @@ def command_dkim(options: Any) -> int:
     return 0
 
 
-# -- send
-
-
 def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
     body, credentials = submission_from_options(options), ()
     if options.user:
-        remote = re.match(r"(?i)http://(?!(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url)
+        remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
         if remote and not options.insecure:
             raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
         credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
     document = post_submission(options.url, body, credentials)[1]
-    print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
+    text = json.dumps(document, ensure_ascii=False, indent=2)  # without what a terminal would obey or can't show
+    print(re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
     return int(not document["response"] or any(item["error"] for item in document["response"]))
+
+
+def submission_from_options(options: Any) -> bytes:
+    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
+    header = {key: getattr(options, key) for key in ("from", "reply_to", "subject", "charset")}
+    flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
+    if any(flags) and (options.file or not options.to):
+        raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
+    if not options.to:
+        return read_bytes(options.file or "-")
+    from_stdin = options.body is None and not options.html
+    document = {
+        "mail": options.sender or envelope_sender(None, local_hostname()),
+        "rcpt": options.to,
+        "header": header,
+        "body": read_bytes("-").decode("utf-8", "replace") if from_stdin else options.body,
+        "html": read_bytes(options.html).decode("utf-8", "replace") if options.html else None,
+        "attachments": [
+            {"filename": os.path.basename(path), "content": base64.b64encode(read_bytes(path)).decode()}
+            for path in options.attach
+        ],
+    }
+    return encode_json(document)
 
 
 def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
@@ -9944,53 +8695,14 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
             connection.sock.connect(url[5:])
         with contextlib.closing(connection):
             response = connection.exchange(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials)))
-    except Rejected as error:
-        raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
-    except OSError as error:
-        raise CommandError(f"{url}: {error.strerror}", 1) from None
-    document = response.document()
-    if not is_answer(document):
-        raise CommandError(f"{url}: not a Haineko's answer: {sanitize(response.body.decode('utf-8', 'replace'))}", 1)
-    return response.status, document
-
-
-def is_answer(document: Any) -> bool:
-    """Return True if a JSON value is a Haineko's answer to a submission."""
-    try:
-        keys = {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
-        return all(keys <= item.keys() and isinstance(item["message"], list) for item in document["response"])
-    except (KeyError, TypeError, AttributeError):
-        return False
-
-
-def terminal_json(text: str) -> str:
-    """Escape in JSON what a terminal would obey or can't show."""
-    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
-
-
-def submission_from_options(options: Any) -> bytes:
-    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
-    header = {"subject": options.subject or "", "from": options.header_from, "replyto": options.reply_to}
-    header["charset"] = options.charset
-    flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
-    if any(flags) and (options.file or not options.to):
-        raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
-    if not options.to:
-        return read_bytes(options.file or "-")
-    attachments = [(os.path.basename(path), base64.b64encode(read_bytes(path)).decode()) for path in options.attach]
-    document = {
-        "mail": options.sender or default_sender(local_hostname()),
-        "rcpt": options.to,
-        "header": header,
-        "body": read_utf8("-") if options.body is None and not options.html else options.body,
-        "html": read_utf8(options.html) if options.html else None,
-        "attachments": [{"filename": name, "content": content} for name, content in attachments],
-    }
-    return encode_json(document)
-
-
-def read_utf8(path: str) -> str:
-    return read_bytes(path).decode("utf-8", "replace")
+    except (Rejected, OSError) as error:
+        reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error.strerror
+        raise CommandError(f"{url}: {reason}", 1) from None
+    document, keys = response.document(), {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # of JSON in another form
+        if all(keys <= item.keys() and isinstance(item["message"], list) for item in document["response"]):
+            return response.status, document
+    raise CommandError(f"{url}: not a Haineko's answer: {sanitize(response.body.decode('utf-8', 'replace'))}", 1)
 
 
 def read_bytes(path: str) -> bytes:
@@ -10004,8 +8716,6 @@ def read_bytes(path: str) -> bytes:
 
 def ask_password(prompt: str) -> str:
     """Ask for a password on the terminal: everybody can read a command line."""
-    import getpass
-
     try:
         with open("/dev/tty"):  # without a terminal, getpass() would read the mail on stdin
             return getpass.getpass(prompt)
@@ -10015,20 +8725,28 @@ def ask_password(prompt: str) -> str:
         raise CommandError("no password", 1) from None
 
 
-# -- queue
-
-
 def command_queue(options: Any) -> int:
     """List the mail that waits; show one, try it now, or drop it."""
     settings = usable_settings(options.config).queue  # the file itself is used, with the server running or not
     if not settings:
         raise CommandError('the settings have no "queue"', 2)
-    wanted = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
-    if wanted != bool(options.id):
-        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
+    action, queueid = options.action, options.id
+    wanted = action in ("show", "drop") or (action == "retry" and not options.all)
+    if wanted != bool(queueid):
+        raise CommandError(f"queue {action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
     if not os.path.exists(settings.path):
         raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
-    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id, options.json)
+    store = QueueDB(settings)
+    if action == "list":
+        return queue_list(store, options.json)
+    if action == "show":
+        return queue_show(store, queueid, options.json)
+    if action == "drop":
+        count, done = run_operation(store, drop_message, queueid, time.time()), "dropped"
+    else:
+        count, done = run_operation(store, flush_queue, queueid), "to be tried at once"
+    print(f"{count} recipient{'s' * (count != 1)} {done}")
+    return int(not count and wanted)
 
 
 def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
@@ -10039,49 +8757,39 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     return result
 
 
-def queue_list(store: QueueDB, _: str, as_json: bool = False) -> int:
-    last, count = 0, 0
-    if not as_json:
-        print(f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':25}  {'NEXT ATTEMPT':30}  SENDER -> RECIPIENT  LAST REPLY")
+def queue_list(store: QueueDB, as_json: bool = False) -> int:
+    count = last = 0
+    heading = f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':25}  {'NEXT ATTEMPT':30}  SENDER -> RECIPIENT  LAST REPLY"
+    print("[" if as_json else heading)
     while rows := run_operation(store, open_recipients_after, last, 500):  # in parts: the server works on meanwhile
         for row in rows:
-            print(
-                f"{',' if count else '['}\n{queue_row_json(row)}" if as_json else queue_row(row),
-                end="" if as_json else "\n",
-            )
+            print(("," if count and as_json else "") + queue_row(row, as_json))
             count += 1
         last = rows[-1]["id"]
-    print(("\n]" if count else "[]") if as_json else f"{count} recipient{'s' * (count != 1)}")
+    print("]" if as_json else f"{count} recipient{'s' * (count != 1)}")
     return 0
 
 
-def queue_row(row: Any) -> str:
-    """Return a recipient in the queue as a line of a table."""
-    due, attempts = row["due"], parse_history(row["history"])
-    when = row["state"] if due is None else local_time(max(due, row["created_at"]))
-    words = reply_line(attempts[-1].reply) if attempts else ""
-    envelope = f"<{row['sender']}> -> <{row['recipient']}>"
-    came = local_time(row["created_at"])
-    return f"{row['queueid']}  {row['size']:>9}  {came}  next {when:25}  {envelope}  {words}"
-
-
-def queue_row_json(row: Any) -> str:
-    attempts = parse_history(row["history"])
-    reply = reply_to_dict(row["recipient"], attempts[-1].reply) if attempts else None
-    values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
-    times = {"arrived": time_to_dict(row["created_at"]), "next": time_to_dict(row["due"])}
-    return json.dumps({**values, **times, "attempts": len(attempts), "response": reply}, ensure_ascii=False)
+def queue_row(row: Any, as_json: bool) -> str:
+    """Return a recipient in the queue as a line of a table, or as JSON."""
+    due, created_at, attempts = row["due"], row["created_at"], parse_history(row["history"])
+    reply = attempts[-1].reply if attempts else None
+    if as_json:
+        values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
+        values.update({"arrived": time_to_dict(created_at), "next": time_to_dict(due), "attempts": len(attempts)})
+        values["response"] = reply and reply_to_dict(row["recipient"], reply)
+        return json.dumps(values, ensure_ascii=False)
+    when = row["state"] if due is None else local_time(max(due, created_at))
+    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500) if reply else ""
+    head = f"{row['queueid']}  {row['size']:>9}  {local_time(created_at)}  next {when:25}"
+    return f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}"
 
 
 def local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
 
 
-def reply_line(reply: Reply) -> str:
-    return sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
-
-
-def queue_show(store: QueueDB, queueid: str, as_json: bool = False) -> int:
+def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
     found = run_operation(store, message_status, queueid)
     if not found:
         raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
@@ -10090,31 +8798,12 @@ def queue_show(store: QueueDB, queueid: str, as_json: bool = False) -> int:
         return 0
     print(f"{queueid}  {found['size']} octets  arrived {local_time(found['created_at'])}\nfrom <{found['sender']}>")
     for row in found["recipients"]:
-        due = row["due"]
-        when = "" if due is None else f", next attempt {local_time(max(due, found['created_at']))}"
+        when = "" if row["due"] is None else f", next attempt {local_time(max(row['due'], found['created_at']))}"
         print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
-        for attempt in parse_history(row["history"]):
-            print(f"   {local_time(attempt.time)}  {attempt.reply.relay}: {reply_line(attempt.reply)}")
+        for moment, reply in parse_history(row["history"]):
+            words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+            print(f"   {local_time(moment)}  {reply.relay}: {words}")
     return 0
-
-
-def queue_retry(store: QueueDB, queueid: str | None, _: bool = False) -> int:
-    return print_count(run_operation(store, flush_queue, queueid), "to be tried at once", not queueid)
-
-
-def queue_drop(store: QueueDB, queueid: str, _: bool = False) -> int:
-    return print_count(run_operation(store, drop_message, queueid, time.time()), "dropped", False)
-
-
-def print_count(count: int, what: str, fine: bool) -> int:
-    print(f"{count} recipient{'s' * (count != 1)} {what}")
-    return 0 if count or fine else 1
-
-
-QUEUE_ACTIONS = {"list": queue_list, "show": queue_show, "retry": queue_retry, "drop": queue_drop, "flush": queue_retry}
-
-
-# -- pw and setup
 
 
 def command_pw(options: Any) -> int:
@@ -10133,12 +8822,12 @@ def command_pw(options: Any) -> int:
 
 def command_key(options: Any) -> int:
     """Make an API key: print it, and its line for the section `password`."""
-    fences = {"senders": options.sender, "recipients": options.recipient}
-    limits = {"rate": options.rate, "expires": options.expires}
     key, errors = new_key(options.prefix), []
-    login = {"hash": key_hash(key), **{name: value for name, value in {**fences, **limits}.items() if value}}
+    fences = {"senders": options.sender, "recipients": options.recipient, "rate": options.rate}
+    fences = {name: value for name, value in {**fences, "expires": options.expires}.items() if value}
+    login = {"hash": key_hash(key), **fences}
     mapping_of(parse_login)({options.name: login}, "password", errors)
-    matching(KEY_PREFIX, "letters, digits, - and _")(options.prefix, "--prefix", errors)
+    matching(re.compile("[A-Za-z0-9_-]{1,20}"), "letters, digits, - and _")(options.prefix, "--prefix", errors)
     if errors:
         raise CommandError("; ".join(errors), 2)
     print(key)
@@ -10146,13 +8835,8 @@ def command_key(options: Any) -> int:
     return 0
 
 
-KEY_PREFIX = re.compile("[A-Za-z0-9_-]{1,20}")
-
-
 def user_name() -> str:
     """Return the name of the user who runs this; in a container there may be a number only."""
-    import getpass
-
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -10161,13 +8845,9 @@ def user_name() -> str:
 
 def command_setup(options: Any) -> int:
     """Write haineko.json, units for systemd and with --sendmail a program, never over an existing file."""
-    import py_compile
-
-    program, folder, code = os.path.realpath(__file__), os.path.abspath(options.dest), 0
-    values, settings = (
-        {"python": sys.executable, "program": os.path.dirname(program), "folder": folder},
-        example_settings(),
-    )
+    program, folder, settings, code = os.path.realpath(__file__), os.path.abspath(options.dest), example_settings(), 0
+    values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
+    values["hardening"] = "\n".join(f"{name}=yes" for name in HARDENING.split())
     if f"{folder}/".startswith("/etc/"):  # which the server must not write to
         settings["queue"]["path"] = "/var/lib/haineko/haineko.db"
         values["writable"] = "# the queue is there: /var/lib/haineko\nStateDirectory=haineko\nStateDirectoryMode=0700"
@@ -10187,7 +8867,7 @@ def command_setup(options: Any) -> int:
                 stream.write(content)
             print(path)
         except OSError as error:
-            code = print_error(f"{path}: {error.strerror}", 1)
+            code = print_message(f"{path}: {error.strerror}", 1)
     return code
 
 
@@ -10207,33 +8887,15 @@ WorkingDirectory={program}
 ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
-TimeoutStopSec=40
-LimitNOFILE=65536
-# then the settings may have: "password": {{"file": "/run/credentials/haineko.service/relay"}}
-#LoadCredential=relay:{folder}/relay.secret
+# for a secret {{"credential": "relay"}} in the settings: LoadCredential=relay:{folder}/relay.secret
 UMask=0077
 # for ports below 1024 this, and no PrivateUsers: AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=
-PrivateUsers=yes
-NoNewPrivileges=yes
-PrivateTmp=yes
-PrivateDevices=yes
+{hardening}
 ProtectSystem=strict
 ProtectHome=read-only
 ProtectProc=invisible
-ProtectClock=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-RemoveIPC=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
@@ -10242,11 +8904,13 @@ SystemCallErrorNumber=EPERM
 [Install]
 WantedBy=multi-user.target
 """
+HARDENING = (  # what is "yes" in the unit, see systemd.exec(5)
+    "PrivateUsers PrivateTmp PrivateDevices ProtectClock ProtectHostname ProtectKernelLogs ProtectKernelModules"
+    " ProtectKernelTunables ProtectControlGroups RestrictNamespaces RestrictRealtime RestrictSUIDSGID LockPersonality"
+    " MemoryDenyWriteExecute NoNewPrivileges RemoveIPC"
+)
 SYSTEMD_SOCKET = """\
 # optional: systemd listens, in place of httpd.listen, and no connection is refused during a restart
-[Unit]
-Description=Socket of Haineko
-
 [Socket]
 ListenStream=127.0.0.1:2794
 
@@ -10260,111 +8924,101 @@ import haineko; sys.exit(haineko.main(["sendmail", *sys.argv[1:]]))
 """
 
 
-# -- sendmail
-
-
 def command_sendmail(argv: list) -> int:
-    """Relay the message on stdin, like /usr/sbin/sendmail."""
-    import getopt
-
+    """Relay the message on stdin, like /usr/sbin/sendmail, with its flags (-t, -i, -f SENDER, -C FILE, ...)."""
     try:
         argv = [f"{word} " if word == "-q" else word for word in argv]  # getopt knows no optional value
         pairs, addresses = getopt.gnu_getopt(argv, "A:B:C:F:GIL:N:O:R:UV:X:ab:ce:f:h:imno:p:q:r:tvx")
         flags = {**dict(pairs), "-o": [value for flag, value in pairs if flag == "-o"]}
         sends = "-q" not in flags or "-t" in flags or addresses
         mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
-        if mode not in SENDMAIL_MODES:
-            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", os.EX_USAGE)
-        return SENDMAIL_MODES[mode](flags, addresses)
+        if mode == "m":
+            return sendmail_deliver(flags, addresses)
+        if mode in ("p", "q"):
+            return sendmail_queue(flags)
+        if mode == "v":
+            settings, _ = sendmail_settings(flags)
+            refused = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
+            return os.EX_NOPERM if any(refused) else os.EX_OK
+        if mode in ("i", "h", "H"):  # there is no database of aliases, and none of hosts
+            return os.EX_OK
+        raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", os.EX_USAGE)
     except getopt.GetoptError as error:
-        return print_error(f"usage: {error}", os.EX_USAGE)
+        return print_message(f"usage: {error}", os.EX_USAGE)
     except CommandError as error:
         text, code = error.args
-        return print_error(text, {1: os.EX_TEMPFAIL, 2: os.EX_CONFIG}.get(code, code))
-
-
-def print_error(text: str, code: int) -> int:
-    print(f"haineko: {text}", file=sys.stderr)
-    return code
+        return print_message(text, {1: os.EX_TEMPFAIL, 2: os.EX_CONFIG}.get(code, code))
 
 
 def sendmail_deliver(flags: dict, addresses: list) -> int:
     """Relay the message on stdin: by its own settings, or if it can't read them, by the server that runs."""
     settings, urls = sendmail_settings(flags)
-    octets = read_bytes("-")
+    octets, hostname = read_bytes("-"), settings.hostname
     if "-i" not in flags and "i" not in flags["-o"]:
         octets = re.split(rb"(?m)^\.\r?$", octets, maxsplit=1)[0]
-    sender = sendmail_sender(flags, settings)
+    sender = envelope_sender(flags.get("-f", flags.get("-r")), hostname)
     try:
         message = parse_message(octets)
     except ValueError as error:
         raise CommandError(str(error), os.EX_DATAERR) from None
-    fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
+    fields = []
+    for name, octets in message.fields:
+        listed = re.fullmatch(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name)
+        fields.append((name, qualified(octets.decode("latin-1"), hostname).encode("latin-1") if listed else octets))
     rcpt = named_recipients(addresses, recipient_fields(fields) if "-t" in flags else [], settings)
     if not rcpt:
         raise CommandError("usage: no recipient", os.EX_USAGE)
     if "from" not in dict(fields):
-        author = parse_address(sender or f"MAILER-DAEMON@{settings.hostname}")
+        author = parse_address(sender or f"MAILER-DAEMON@{hostname}")
         name = " ".join(flags.get("-F", "").split())
         fields.append(("from", address_field("From", ((name, author),), "UTF-8").encode() + b"\n"))
     raw = b"".join([field for _, field in fields]) + b"\n" + message.body
     document = {"mail": sender, "rcpt": rcpt, "raw": {"base64": base64.b64encode(raw).decode()}}
     if urls:
-        document["mail"] = sender or default_sender(settings.hostname)  # the API takes no null sender
+        document["mail"] = sender or envelope_sender(None, hostname)  # the API takes no null sender
         return report_failures(*post_in_parts(urls, document))
     response = run(submit_here(encode_json(document), settings, dsn_options(flags)))
     return report_failures(response.status, json.loads(response.body)["response"])
 
 
 def sendmail_settings(flags: dict) -> tuple:
-    """Return (Settings, URLs of the server to post to: none if the settings and the queue can be used directly)."""
-    path = settings_path(flags.get("-C"))
-    if not path and "HAINEKO_URL" not in os.environ:  # without, `serve` prints mail, and so loses it
+    """Return (Settings, URLs where a server may listen: none if the settings and the queue can be used directly)."""
+    path, url = settings_path(flags.get("-C")), os.environ.get("HAINEKO_URL")
+    if not path and not url:  # without, `serve` prints mail, and so loses it
         raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", os.EX_CONFIG)
     settings, errors = load_settings(path)
-    if not settings.hostname:
-        settings = replace(settings, smtpd=replace(settings.smtpd, hostname=local_hostname()))
     store = settings.queue.path if settings.queue else ""
     unwritable = store and not os.access(store if os.path.exists(store) else os.path.dirname(store), os.W_OK)
-    if not path or unwritable or any(os.strerror(errno.EACCES) in error for error in errors):
-        return settings, server_urls(settings, path)
-    if errors:
-        raise CommandError("\n".join(errors), os.EX_CONFIG)
-    return settings, ()
-
-
-def server_urls(settings: Settings, path: str | None) -> list:
-    """Return where a server may listen: $HAINEKO_URL, what `start` wrote into the pid file, the settings' addresses."""
-    if "HAINEKO_URL" in os.environ or not path:
-        return [os.environ["HAINEKO_URL"]]
-    urls = []
-    with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(path), "haineko.pid")) as stream:
-        urls = stream.read().split()[1:]
-    scheme = "https" if settings.httpd.tls else "http"
+    if path and not unwritable and not any(os.strerror(errno.EACCES) in error for error in errors):
+        if errors:
+            raise CommandError("\n".join(errors), os.EX_CONFIG)
+        return settings, ()
+    if url:
+        return settings, (url,)
+    urls = running_daemon(os.path.join(os.path.dirname(path), "haineko.pid"))[2].split()
     for address in settings.httpd.listen:
         host, _, port = address.rpartition(":")
         host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-        urls.append(address if address.startswith("unix:") else f"{scheme}://{host}:{port}/")
-    return urls
+        url = f"{'https' if settings.httpd.tls else 'http'}://{host}:{port}/"
+        urls.append(address if address.startswith("unix:") else url)
+    return settings, urls
 
 
 def post_in_parts(urls: list, document: dict) -> tuple:
-    """Post a mail to the first server that answers, in parts if it has too many recipients for the server; return
-    (status, items of the answers)."""
+    """Post a mail to the first server that answers, in parts if need be; return (status, items of the answers)."""
     for url in urls:
         try:
             status, answer = post_submission(url, encode_json(document))
-            break
         except CommandError as error:
-            print_error(error.args[0], 0)
-    else:
-        raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
-    rcpt, items = document["rcpt"], answer["response"]
-    if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
-        return status, items
-    half = len(rcpt) // 2
-    parts = [post_in_parts([url], {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
-    return max(status for status, _ in parts), [item for _, items in parts for item in items]
+            print_message(error.args[0], 0)
+            continue
+        rcpt, items = document["rcpt"], answer["response"]
+        if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
+            return status, items
+        half = len(rcpt) // 2  # too many recipients for the server
+        parts = [post_in_parts([url], {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
+        return max(status for status, _ in parts), [item for _, items in parts for item in items]
+    raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
 
 
 async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
@@ -10385,47 +9039,38 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
 
 
 def report_failures(status: int, items: list) -> int:
-    """Print the recipients that failed; return the exit code."""
-    failed = [item for item in items if item["error"]]
-    for item in failed:
+    """Print the recipients that failed; return the exit code (sysexits.h)."""
+    codes, by_status = set(), {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
+    for item in [item for item in items if item["error"]]:
         to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
-        print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
-    codes = {sendmail_code(status, item) for item in failed}
-    if len(failed) < len(items) and os.EX_TEMPFAIL in codes:
+        print_message(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+        if item["dsn"] == "5.4.6":  # a loop
+            codes.add(os.EX_UNAVAILABLE)
+        elif item["mailer"]:
+            codes.add(os.EX_TEMPFAIL if item["code"][0] == "4" else os.EX_UNAVAILABLE)
+        elif item["rcpt"] is not None:
+            codes.add(os.EX_DATAERR if item["dsn"] == "5.1.5" else os.EX_NOPERM)  # 5.1.5: not an address
+        else:  # a refusal of the whole mail
+            codes.add(by_status.get(status, os.EX_TEMPFAIL))
+    if os.EX_TEMPFAIL in codes and not all(item["error"] for item in items):
         return os.EX_UNAVAILABLE  # "try again" would send it twice to the others
     order = (os.EX_TEMPFAIL, os.EX_UNAVAILABLE, os.EX_NOPERM, os.EX_DATAERR)
     return next((code for code in order if code in codes), os.EX_OK)
 
 
-def sendmail_code(status: int, item: dict) -> int:
-    """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
-    if item["mailer"] or item["dsn"] == "5.4.6":
-        return os.EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else os.EX_UNAVAILABLE
-    if item["rcpt"] is not None:
-        return os.EX_DATAERR if item["dsn"] == "5.1.5" else os.EX_NOPERM  # 5.1.5: not an address
-    codes = {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
-    return codes.get(status, os.EX_TEMPFAIL)
-
-
-def sendmail_sender(flags: dict, settings: Settings) -> str:
-    """Return the envelope sender: of -f or -r, else the user's address; "" is the null sender."""
-    given = flags.get("-f", flags.get("-r"))
-    if given is None:
-        return default_sender(settings.hostname)
-    if given.strip() in ("", "<>"):
-        return ""
-    found = split_addresses(given, settings.hostname)
-    if len(found) != 1 or not parse_address(found[0]):
-        raise CommandError(f'usage: "{given}" is no mail address', os.EX_USAGE)
-    return found[0]
-
-
-def default_sender(hostname: str) -> str:
-    """Return the address of the user who runs this, valid whatever $LOGNAME is."""
+def envelope_sender(given: str | None, hostname: str) -> str:
+    """Return the envelope sender in -f, "" for the null sender, or without -f the user's address."""
+    if given is not None:
+        found = split_addresses(given, hostname)
+        if given.strip() in ("", "<>"):
+            return ""
+        if len(found) != 1 or not parse_address(found[0]):
+            raise CommandError(f'usage: "{given}" is no mail address', os.EX_USAGE)
+        return found[0]
     name = user_name()
     if parse_address(name):
         return name
-    name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])
+    name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])  # whatever $LOGNAME is
     name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
     return f"{name}@{hostname}"
 
@@ -10459,26 +9104,18 @@ def recipient_fields(fields: list) -> list:
     return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
 
 
-def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
-    """Return (name, field), in which addresses without a domain have got one (RFC 5322 3.4.1)."""
-    if not re.fullmatch(r"(resent-)?(from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name):
-        return name, field
-    label, colon, value = field.decode("latin-1").partition(":")
-    return name, (label + colon + qualified(value, hostname)).encode("latin-1")
-
-
 def qualified(text: str, hostname: str) -> str:
-    """Return an address list in which names alone have got the domain; text that is no list stays as it is."""
+    """Return an address list, or a field with one, in which names alone have got the domain (RFC 5322 3.4.1)."""
     tokens = [(found.lastgroup, found[0]) for found in ADDRESS_TOKEN.finditer(text) if found[0]]
-    if "fault" in dict(tokens):
+    if "fault" in dict(tokens):  # no list
         return text
     texts = [token for _, token in tokens]
-    words = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
-    for before, i, after in zip([None, *words], words, [*words[1:], None]):
-        name = texts[i].strip("<> ") if tokens[i][0] == "angle" else texts[i]
-        alone = (before is None or texts[before] in (",", ";", ":")) and (after is None or texts[after] in (",", ";"))
+    places = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
+    words = [",", *[texts[i] for i in places], ","]
+    for i, before, word, after in zip(places, words, words[1:], words[2:]):
+        name, alone = word.strip("<> "), before in (",", ";", ":") and after in (",", ";")
         if re.fullmatch("[A-Za-z0-9._+-]+", name) and (alone or tokens[i][0] == "angle"):
-            texts[i] = texts[i].replace(name, f"{name}@{hostname}")
+            texts[i] = word.replace(name, f"{name}@{hostname}")
     return "".join(texts)
 
 
@@ -10493,104 +9130,67 @@ def dsn_options(flags: dict) -> tuple:
     return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
 
 
-def sendmail_queue(flags: dict, addresses: list) -> int:
+def sendmail_queue(flags: dict) -> int:
     """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
     settings = usable_settings(flags.get("-C")).queue
     store = QueueDB(settings) if settings and os.path.exists(settings.path) else None
-    if "-b" in flags and not store:
+    if "-b" in flags and store:
+        return queue_list(store)
+    if "-b" in flags:
         print("Mail queue is empty")
-    elif "-b" in flags:
-        return queue_list(store, "")
     elif store:
         which = flags["-q"].strip()
         run_operation(store, flush_queue, which[1:] if which[:1] == "I" else None)
     return os.EX_OK
 
 
-def sendmail_verify(flags: dict, addresses: list) -> int:
-    """Say where mail to the addresses would go."""
-    settings, _ = sendmail_settings(flags)
-    codes = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
-    return os.EX_NOPERM if any(codes) else os.EX_OK
-
-
-# Modes of -b; -q alone is "q". There is no database of aliases (-bi, -I), and none of hosts (-bh, -bH).
-SENDMAIL_MODES = {"m": sendmail_deliver, "p": sendmail_queue, "q": sendmail_queue, "v": sendmail_verify}
-SENDMAIL_MODES.update(dict.fromkeys("ihH", lambda flags, addresses: os.EX_OK))
-
-
-ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
-    "config": (("-c", "--config"), {"metavar": "FILE", "help": "settings file"}),
-    "pid-file": (("--pid-file",), {"metavar": "F", "help": "file with the daemon's pid"}),
-    "listen": (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"}),
-    "workers": (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
-    "devel": (("-d", "--devel"), {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
-    "connect": (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
-    "records-of": (("--sender",), {"metavar": "A", "help": "read SPF, DKIM and DMARC records of its domain"}),
-    "selector": (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
-    "sender": (("--sender",), {"metavar": "ADDRESS"}),
-    "address": (("address",), {"metavar": "ADDRESS"}),
-    "domain": (("domain",), {"metavar": "DOMAIN"}),
-    "file": (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
-    "url": (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
-    "insecure": (("--insecure",), {"action": "store_true", "help": "log in over http:// too"}),
-    "login": (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
-    "to": (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
-    "mail": (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
-    "from": (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
-    "reply-to": (("--reply-to",), {"metavar": "A"}),
-    "subject": (("--subject",), {"metavar": "S"}),
-    "charset": (("--charset",), {"metavar": "C"}),
-    "body": (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
-    "html": (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
-    "attach": (
-        ("--attach",),
-        {"action": "append", "default": [], "metavar": "FILE", "help": "a file to attach; again for more"},
-    ),
-    "-C": (("-C",), {"metavar": "FILE", "help": "settings file"}),
-    "-t": (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc too"}),
-    "-i": (("-i",), {"action": "store_true", "help": "a line with a dot alone does not end the message"}),
-    "-f": (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
-    "addresses": (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
-    "action": (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
-    "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
-    "json": (("--json",), {"action": "store_true", "help": "list, show: as JSON"}),
-    "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
-    "user": (("-u", "--user"), {"metavar": "USER"}),
-    "name": (("name",), {"metavar": "NAME"}),
-    "senders": (("--sender",), {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
-    "recipients": (("--recipient",), {"action": "append", "metavar": "D", "help": "the same of recipients"}),
-    "rate": (("--rate",), {"metavar": "R", "help": "recipients/seconds"}),
-    "expires": (("--expires",), {"metavar": "T", "help": "ISO 8601 date or time"}),
-    "prefix": (("--prefix",), {"metavar": "P", "default": "hk_"}),
-    "dest": (("--dest",), {"metavar": "DIR", "required": True}),
-    "sendmail": (("--sendmail",), {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
+# Word in COMMANDS: (names, what else ArgumentParser.add_argument() takes). A word that is not here is the name itself.
+ARGUMENTS = {
+    "config": ("-c --config", {"metavar": "FILE", "help": "settings file"}),
+    "listen": ("--listen", {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"}),
+    "workers": ("--workers", {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
+    "devel": ("-d --devel", {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
+    "connect": ("--connect", {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
+    "records-of": ("--sender", {"metavar": "A", "help": "read SPF, DKIM and DMARC records of its domain"}),
+    "selector": ("--selector", {"metavar": "S", "help": "of the sender's DKIM key"}),
+    "file": ("file", {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
+    "url": ("--url", {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
+    "login": ("--user", {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
+    "insecure": ("--insecure", {"action": "store_true", "help": "log in over http:// too"}),
+    "mail": ("--mail --sender", {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
+    "to": ("--to", {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
+    "body": ("--body", {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
+    "html": ("--html", {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
+    "attach": ("--attach", {"action": "append", "default": [], "metavar": "FILE", "help": "a file; again for more"}),
+    "action": ("action", {"nargs": "?", "choices": ("list", "show", "retry", "flush", "drop"), "default": "list"}),
+    "id": ("id", {"metavar": "QUEUEID", "nargs": "?"}),
+    "all": ("--all", {"action": "store_true", "help": "retry: all that waits, as flush does"}),
+    "json": ("--json", {"action": "store_true", "help": "list, show: as JSON"}),
+    "senders": ("--sender", {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
+    "recipients": ("--recipient", {"action": "append", "metavar": "D", "help": "the same of recipients"}),
+    "rate": ("--rate", {"metavar": "R", "help": "recipients/seconds"}),
+    "expires": ("--expires", {"metavar": "T", "help": "ISO 8601 date or time"}),
+    "prefix": ("--prefix", {"metavar": "P", "default": "hk_"}),
+    "user": ("-u --user", {"metavar": "USER"}),
+    "dest": ("--dest", {"metavar": "DIR", "required": True}),
+    "sendmail": ("--sendmail", {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
 }
-
-
-class Command(NamedTuple):
-    """A row of COMMANDS; the function's docstring is its help."""
-
-    run: Callable  # takes the parsed options, returns the exit code
-    arguments: str  # names in ARGUMENTS
-
-
-COMMANDS = {
-    "serve": Command(command_serve, "config listen workers devel"),
-    "start": Command(command_start, "config pid-file listen workers"),
-    "stop": Command(command_stop, "config pid-file"),
-    "restart": Command(command_restart, "config pid-file listen workers"),
-    "status": Command(command_status, "config pid-file"),
-    "reload": Command(command_reload, "config pid-file"),
-    "check": Command(command_check, "config connect records-of selector"),
-    "route": Command(command_route, "config address sender"),
-    "dkim": Command(command_dkim, "config domain"),
-    "send": Command(command_send, "file url login insecure to mail from reply-to subject charset body html attach"),
-    "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
-    "queue": Command(command_queue, "config action id all json"),
-    "pw": Command(command_pw, "user"),
-    "key": Command(command_key, "name senders recipients rate expires prefix"),
-    "setup": Command(command_setup, "dest sendmail"),
+COMMANDS = {  # name: (function that takes the options and returns the exit code; its docstring is the help, arguments)
+    "serve": (command_serve, "config listen workers devel"),
+    "start": (command_start, "config --pid-file listen workers"),
+    "stop": (command_stop, "config --pid-file"),
+    "restart": (command_restart, "config --pid-file listen workers"),
+    "status": (command_status, "config --pid-file"),
+    "reload": (command_reload, "config --pid-file"),
+    "check": (command_check, "config connect records-of selector"),
+    "route": (command_route, "config address --sender"),
+    "dkim": (command_dkim, "config domain"),
+    "send": (command_send, "file url login insecure mail to --from --reply-to --subject --charset body html attach"),
+    "queue": (command_queue, "config action id all json"),
+    "pw": (command_pw, "user"),
+    "key": (command_key, "name senders recipients rate expires prefix"),
+    "setup": (command_setup, "dest sendmail"),
+    "sendmail": (command_sendmail, ""),
 }
 
 if __name__ == "__main__":
