@@ -3897,6 +3897,8 @@ class KeepAliveConnection(http.client.HTTPConnection):
         kept, self.sent = self.expires and self.sock, False
         if not self.sock:
             self.open()
+        self.transport = self.sock  # which http.client forgets before a response is read to its end
+        self.sock.settimeout(self.timeout)
         host, path = self.url.host_header, self.url.path + request.path
         log.dialogue(host, ">", f"{request.method} {path}, {len(request.body)} octets")
         headers = {"Host": host, "User-Agent": f"Haineko/{__version__}", "Accept": "application/json, */*;q=0.5"}
@@ -3936,8 +3938,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
             slug = "web-tls" if self.sock and site.tls else "web-connect"
             self.close()
             raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
-        self.sock.settimeout(self.timeout)
-        self.transport = self.sock  # which http.client forgets before a response is read to its end
 
     def abort(self) -> None:
         """Have a thread that is in exchange() fail: the deadline has passed, however fast the peer still sends."""
@@ -4223,10 +4223,10 @@ class TokenCache:
         self.tokens[key] = token
         return token
 
-    def drop(self, route: Route, text: str) -> bool:
-        """Forget a token that a server refused; return whether to try another one."""
+    def drop(self, route: Route) -> bool:
+        """Forget the route's token, which a server refused; return whether to try another one."""
         key = route.oauth2, route.credentials[0]
-        if key in self.tokens and self.tokens[key].text == text:  # or another one was fetched meanwhile
+        if key in self.tokens and self.tokens[key].text == route.credentials[1]:  # or another one was fetched meanwhile
             if self.dropped.get(key):
                 return False
             self.dropped.put(key, True, self.DROP_INTERVAL)
@@ -4869,8 +4869,7 @@ class TransportContext:
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
-            by_token = again and route.oauth2 and refused.reply.code == "535"
-            if not (by_token and self.tokens.drop(route, session.route.credentials[1])):
+            if not (again and route.oauth2 and refused.reply.code == "535" and self.tokens.drop(session.route)):
                 raise
             return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
@@ -5147,7 +5146,7 @@ async def relay_http(make_request: Callable, read_replies: Callable, transaction
             raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
         response = await transport.http.request(HTTPTarget.of_route(login), call)
         token = login.credentials[1] if login.oauth2 else ""
-        if not (again and token and response.status == 401 and transport.tokens.drop(login, token)):
+        if not (again and token and response.status == 401 and transport.tokens.drop(login)):
             break
     if token:
         response = response._replace(body=response.body.replace(token.encode(), b"********"))
