@@ -3871,12 +3871,14 @@ class HTTPConnectionPool:
 
 
 class FinalResponse(http.client.HTTPResponse):
-    def begin(self) -> None:
-        """Skip interim responses (RFC 9110 15.2), of which http.client knows 100 only."""
-        super().begin()
-        while 100 <= self.status < 200:
-            self.headers = None
-            super().begin()
+    def _read_status(self) -> tuple:
+        """Skip a few interim responses (RFC 9110 15.2); http.client knows 100 only, and any number of them."""
+        for _ in range(16):
+            found = super()._read_status()
+            if not 100 <= found[1] < 200:
+                return found
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException("more than 16 interim responses")
 
 
 class KeepAliveConnection(http.client.HTTPConnection):
@@ -3951,7 +3953,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
             if self.aborted:  # http.client takes the end of a connection for the end of the header
                 raise socket.timeout("timed out")
             with contextlib.suppress(OSError, http.client.HTTPException):  # the status may be all that is needed
-                while len(body) <= self.target.max_response and (chunk := response.read(65536)):
+                while len(body) <= self.target.max_response and not self.aborted and (chunk := response.read(65536)):
                     body += chunk
                 whole = not (response.length or self.aborted) and len(body) <= self.target.max_response
         if not whole:
@@ -8447,6 +8449,7 @@ async def run_checks(settings: Settings, options: Any) -> int:
         for step, ok, text in await check:
             failed = failed or not ok
             print(sanitize(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", 2000), flush=True)
+    await transport.sweep(everything=True)
     return int(failed)
 
 
