@@ -1835,7 +1835,6 @@ STRUCTURED_FIELDS = re.compile(
     r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
     r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
 )
-HIGH_OCTETS = bytes(range(128, 256))
 BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
 PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
@@ -1866,10 +1865,9 @@ class Request:
 
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
-        fields = {"client": self.client and str(self.client), "login": self.login or None}
-        fields["reason"] = None if self.login else self.login_fault or None
-        fields["request_id"], fields["traceparent"] = self.trace_id("x-request-id"), self.trace_id("traceparent")
-        return fields
+        whose = {"client": self.client and str(self.client), "login": self.login or None}
+        ids = {"request_id": self.trace_id("x-request-id"), "traceparent": self.trace_id("traceparent")}
+        return {**whose, "reason": self.login_fault or None, **ids}
 
     def trace_id(self, header: str) -> str | None:
         """Return the value of a header by which other programs know the request, None if it is absent or malformed."""
@@ -1896,32 +1894,24 @@ def parse_address(text: str) -> Mailbox | None:
     found = MAILBOX.fullmatch(text) if len(text) <= MAX_PATH else None
     if not found or not (text.isascii() or (text.isprintable() and len(text.encode()) <= MAX_PATH)):
         return None
-    local, domain = found.groups()
-    domain = domain if domain.isascii() else ascii_domain(domain)
+    local, domain = found[1], ascii_domain(found[2])
+    is_host: Any = DOMAIN.fullmatch(domain)
+    if domain[:1] == "[":  # an address literal, RFC 5321 4.1.3
+        with contextlib.suppress(ValueError):
+            is_v6 = domain[1:6].lower() == "ipv6:"
+            is_host = ipaddress.IPv6Address(domain[6:-1]) if is_v6 else ipaddress.IPv4Address(domain[1:-1])
     mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    is_host = DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain))
     return mailbox if is_host and len(mailbox.addr_spec.encode()) <= MAX_PATH else None
-
-
-@cache_short(1024)
-def is_address_literal(text: str) -> bool:
-    """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
-    is_v6 = text[1:6].lower() == "ipv6:"
-    address = text[6:-1] if is_v6 else text[1:-1]
-    with contextlib.suppress(ValueError):  # ipaddress accepts any characters in a zone, CR and LF included
-        return "%" not in address and (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(address) is not None
-    return False
 
 
 def idna_hint(text: str) -> tuple:
     """Return a line that says why a text is no bare address, or ()."""
-    found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
-    if found:
+    if found := re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text):
         hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
         return (f"U+{ord(found[1]):04X} {hint}",)
-    with contextlib.suppress(ValueError):
-        meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
-        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
+    with contextlib.suppress(ValueError, IndexError):
+        meant = parse_mailboxes(text[:MAX_ADDRESS_TEXT])[0][1].as_written
+        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant}"?',)
     return ()
 
 
@@ -2007,17 +1997,16 @@ def parse_mailboxes(text: str) -> tuple:
 def _mailbox(tokens: list) -> list:
     """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
     comments = " ".join(token[1:-1].strip() for kind, token in tokens if kind == "comment")
-    words = [(kind, " " if kind == "comment" else token) for kind, token in tokens]
+    words = [" " if kind == "comment" else token for kind, token in tokens if kind != "angle"]
     kinds = [kind for kind, _ in tokens if kind not in CFWS]
     if "angle" not in kinds:
-        spec = "".join(word for _, word in words).strip()
+        spec = "".join(words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
     if kinds.index("angle") != len(kinds) - 1:
         raise ValueError("text after an address")
-    angle = next(word for kind, word in words if kind == "angle")
-    name = "".join(unquote(word) for kind, word in words if kind != "angle").strip()
+    name = "".join(map(unquote, words)).strip()
     name = f"{name} ({comments})" if name and comments else name or comments
-    return [(name, _parse_spec(angle[1:-1]))]
+    return [(name, _parse_spec(dict(tokens)["angle"][1:-1]))]
 
 
 def unquote(word: str) -> str:
@@ -2074,6 +2063,7 @@ CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
 parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
 parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
+parse_texts = list_of(parse_header_text, list)
 parse_message_ids = list_of(
     matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
     lambda texts: " ".join(" ".join(texts).split()),
@@ -2101,7 +2091,7 @@ EXTRA_FIELDS = {
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
     "Date": matching(
-        lambda text: DATE.fullmatch(text) and parsedate_to_datetime(text),
+        lambda date: DATE.fullmatch(date) and parsedate_to_datetime(date),
         f'a date like "{formatdate(0)}"',
         optional=True,
     ),
@@ -2122,21 +2112,21 @@ def normalize_key(key: str) -> str:
 
 
 FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
-# What other programs call the keys, and keys that belong to another level.
-TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
-TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
-TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
-TOP_KEYS.update(sendat="send_at", dryrun="dry_run", trace="trace")
-TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
-KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
-TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
-ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
-ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
+OTHER_NAMES = {  # of the keys outside of header, in other programs
+    "body": "text textbody plain content message", "rcpt": "recipient recipients mailto rcptto", "html": "htmlbody",
+    "mail": "sender mailfrom", "attachments": "files attachment", "send_at": "sendat", "dry_run": "dryrun",
+    "ehlo": "", "helo": "", "recv": "", "raw": "", "async": "", "trace": "",
+}  # fmt: skip
+KEYS_BY_NAME = {name: key for key, names in OTHER_NAMES.items() for name in (key, *names.split())}
+# Names that are no key where they stand, and what they may mean there.
+HEADER_HINTS = {name: f"{key}, outside of header" for name, key in KEYS_BY_NAME.items()}
+ATTACHMENT_HINTS = {"data": '"content"', "contentid": '"cid"', "disposition": '"inline"',
+                    **dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')}  # fmt: skip
 
 
-def hint_of(table: dict, key: str, known: Any) -> str:
-    """Return what an unknown key may mean, by the table of keys of other programs and levels or by its spelling."""
-    meant = table.get(normalize_key(key))
+def hint_of(hints: dict, key: str, known: Any) -> str:
+    """Return what an unknown key may mean, by a table of names that are keys elsewhere or by its spelling."""
+    meant = hints.get(normalize_key(key))
     return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
 
 
@@ -2155,7 +2145,7 @@ class Header:
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
     """Return a Header; its keys may be spelled in any way."""
-    own, any_name = key_table(Header), isinstance(value, OpenHeader)
+    own = key_table(Header)
     if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
@@ -2165,16 +2155,23 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
-        name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
-        if seen.setdefault(name, key) != key:
-            errors.append(f"{item_path}: means the same as {sanitize(seen[name])}, which is set already")
-        elif name in rows:
-            attribute, parse = rows[name]
+        normalized, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
+        if seen.setdefault(normalized, key) != key:
+            errors.append(f"{item_path}: means the same as {sanitize(seen[normalized])}, which is set already")
+        elif normalized in rows:
+            attribute, parse = rows[normalized]
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
+        elif name := field_name(key, isinstance(value, OpenHeader)):
+            found = EXTRA_FIELDS.get(name, parse_texts)(item, item_path, errors) if item is not None else []
+            extra += [(name, text) for text in (found if type(found) is list else [found]) if text]
+        elif RESERVED_FIELDS.fullmatch(normalized):
+            errors.append(f"{item_path}: Haineko makes this field itself")
         else:
-            extra += extra_field(key, item, item_path, errors, any_name)
-    size = sum(len(item) for _, item in extra)
-    if len(extra) > MAX_FIELDS or size > MAX_HEADER:
+            known = [*own, *map(str.lower, EXTRA_FIELDS)]
+            errors.append(
+                f"{item_path}: unknown key{hint_of(HEADER_HINTS, key, known) if len(errors) < MAX_HINTS else ''}"
+            )
+    if len(extra) > MAX_FIELDS or sum(len(text) for _, text in extra) > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
@@ -2183,25 +2180,12 @@ class OpenHeader(dict):
     """A header in which any field may be set that Haineko does not make itself."""
 
 
-def extra_field(key: str, value: Any, json_path: str, errors: list, any_name: bool = False) -> list:
-    """Return [(name, value), ...] of a key that is not one of Header's own."""
-    name = FIELD_BY_KEY.get(normalize_key(key))
-    if not name and X_FIELD.fullmatch(key):
-        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-    if not name and any_name and FIELD_NAME.fullmatch(key) and not RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        name = key
-    if not name:
-        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
-        is_reserved = RESERVED_FIELDS.fullmatch(normalize_key(key))
-        errors.append(f"{json_path}: {'Haineko makes this field itself' if is_reserved else fault}")
-    if not name or value is None:
-        return []
-    if name in EXTRA_FIELDS:
-        items = (EXTRA_FIELDS[name](value, json_path, errors),)
-    else:
-        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
-    return [(name, item) for item in items if item]
+def field_name(key: str, any_name: bool) -> str:
+    """Return the name of the field that a key means which is none of Header's own, "" if it means none."""
+    if X_FIELD.fullmatch(key):
+        return "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+    is_open = any_name and FIELD_NAME.fullmatch(key) and not RESERVED_FIELDS.fullmatch(normalize_key(key))
+    return FIELD_BY_KEY.get(normalize_key(key), key if is_open else "")
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
@@ -2261,7 +2245,7 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS))
+    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_HINTS))
     attachments = list_of(parse)(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
@@ -2311,7 +2295,16 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
     parts: list = []
     for part in mime_parts(octets, max_fields=MAX_FIELDS):
         parts.append(part)
-        check_limits(part, len(parts))
+        parameters = [field.count(b";") for name, field in part.header if name in PARAMETER_FIELDS]
+        for what, count, limit in (
+            ("parts", len(parts), MAX_PARTS),
+            ("levels of parts", part.depth, MAX_NESTING),
+            ("fields in a header", len(part.header), MAX_FIELDS),
+            ("octets of a header", part.body - part.start, MAX_HEADER),
+            ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
+        ):
+            if count > limit:
+                raise ValueError(f"{count} {what} exceed the limit of {limit}")
     if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
         octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
@@ -2321,23 +2314,23 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
         line = sanitize(octets[end : end + 80].partition(b"\n")[0].decode("utf-8", "replace"))
         number = octets.count(b"\n", 0, end) + 1
         raise ValueError(f'line {number} is neither a header field nor the empty line behind them: "{line}"')
-    return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
+    return ParsedMessage([_clean_field(*item) for item in header], octets[body:].replace(b"\r", b"\n"))
 
 
-def _clean_field(item: tuple) -> tuple:
+def _clean_field(name: str, octets: bytes) -> tuple:
     """Return (name, octets) without blanks before the colon (RFC 5322 4.5) and in lines of at most 998 octets."""
-    name, octets = item
     label, _, value = octets.partition(b":")
-    shown = f"header {sanitize(label.decode().strip())}"
-    if b"\r" in octets or b"\0" in octets:
-        raise ValueError(f"{shown}: has a CR or NUL")
     octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
-    if LONG_LINE.search(octets):
-        raise ValueError(f"{shown}: has a line longer than 998 octets")
-    if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
-        text = octets.decode("latin-1")
-        if not re.sub(r"\([^()]*\)", "", text).isascii() and not is_utf8(octets):
-            raise ValueError(f"{shown}: has octets that are neither ASCII nor UTF-8")
+    fault = ""
+    if b"\r" in value or b"\0" in value:
+        fault = "has a CR or NUL"
+    elif LONG_LINE.search(octets):
+        fault = "has a line longer than 998 octets"
+    elif not (octets.isascii() or is_utf8(octets)) and STRUCTURED_FIELDS.fullmatch(name):
+        in_comments = re.sub(rb"\([^()]*\)", b"", octets).isascii()
+        fault = "" if in_comments else "has octets that are neither ASCII nor UTF-8"
+    if fault:
+        raise ValueError(f"header {sanitize(label.decode().strip())}: {fault}")
     return name, octets
 
 
@@ -2365,8 +2358,7 @@ class MIMEPart:
 
     def value(self, name: str) -> str:
         """Return the value of a field on one line, "" if there is none."""
-        octets = next((octets for key, octets in self.header if key == name), b"")
-        return " ".join(octets.partition(b":")[2].decode("ascii", "replace").split())
+        return unfold(next((octets for key, octets in self.header if key == name), b""))
 
     def parameter(self, name: str) -> str:
         """Return a parameter of Content-Type."""
@@ -2394,7 +2386,7 @@ def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0, max
     if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
         inner = [(body, end)]
     elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
-        inner = _split_multipart(octets, part, part.parameter("boundary").encode("ascii", "replace"))
+        inner = _split_multipart(octets, part, part.parameter("boundary").encode())
     part.is_leaf = not inner
     yield part
     for start, end in inner:
@@ -2423,23 +2415,11 @@ def read_header(octets: bytes, start: int, end: int, max_fields: int = sys.maxsi
     return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
 
 
-def check_limits(part: MIMEPart, number: int) -> None:
-    """Raise ValueError if the message exceeds a limit with this part."""
-    parameters = [octets.count(b";") for name, octets in part.header if name in PARAMETER_FIELDS]
-    for what, count, limit in (
-        ("parts", number, MAX_PARTS),
-        ("levels of parts", part.depth, MAX_NESTING),
-        ("fields in a header", len(part.header), MAX_FIELDS),
-        ("octets of a header", part.body - part.start, MAX_HEADER),
-        ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
-    ):
-        if count > limit:
-            raise ValueError(f"{count} {what} exceed the limit of {limit}")
-
-
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
-    dropped = b"" if keep_8bit else HIGH_OCTETS  # from delimiters, and from text between parts that nobody reads
+    dropped = (
+        b"" if keep_8bit else bytes(range(128, 256))
+    )  # from delimiters, and from text between parts that nobody reads
     out, at = [], 0
     for part in parts:
         header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
@@ -2484,21 +2464,12 @@ def header_recipients(header: list) -> list:
     """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
     for addresses, and the reply names it as an invalid recipient."""
     found: list = []
-    for key, value in header:
-        if key in ("to", "cc", "bcc"):
-            text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
-            try:
-                found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
-            except ValueError:
-                found.append(text)
+    for text in [unfold(octets) for name, octets in header if name in ("to", "cc", "bcc")]:
+        try:
+            found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
+        except ValueError:
+            found.append(text)
     return found
-
-
-def loop_names(header: list) -> tuple:
-    """Return the names of the Hainekos that a finished message has passed."""
-    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in header if key == "x-haineko-loop"]
-    names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
-    return tuple(name for name in names if DOMAIN.fullmatch(name))
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2535,49 +2506,52 @@ def parse_submission(body: Any) -> SubmissionResult:
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
-        raw = parse_json(body)
+        document = parse_json(body)
     except ValueError as error:
-        return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
+        start, hint = bytes(body[:500]).strip(), ""
+        if not start:
+            hint = "; the body is empty"
+        elif re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start.startswith(b"--") and b"form-data" in start):
+            hint = "; it looks like form data: send JSON"
+        return SubmissionResult(None, [sanitize(str(error)) + hint], is_json=False)
     try:
-        if b"\\u001" in body and is_in_jis(raw):
-            decode_jis_strings(raw)
+        if b"\\u001" in body and is_in_jis(document):
+            decode_jis_strings(document)
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
-    return parse_document(raw)
+    return parse_document(document)
 
 
-def parse_document(raw: Any) -> SubmissionResult:
+def parse_document(document: Any) -> SubmissionResult:
     """Parse a submission that is decoded JSON."""
     errors: list = []
-    submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
+    submission = from_dict(Submission, document, "", errors, functools.partial(hint_of, SUBMISSION_HINTS))
+    header, raw = submission.header, submission.raw
     if submission.html and not any(error.startswith("attachments") for error in errors):
-        check_content_ids(submission, errors)
-    if submission.rcpt is None or submission.header.bcc or submission.raw:
-        submission = add_header_recipients(submission, raw, errors)
+        links = content_id_links(submission.html)
+        cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
+        unknown = sorted(links - cids.keys())[:MAX_HINTS]
+        errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
+        errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+    if raw:
+        both = [key for key in ("header", "body", "html", "attachments") if document.get(key) is not None]
+        errors += [f"{key}: can't stand beside raw" for key in both]
+        passed = ",".join(unfold(octets) for name, octets in raw.fields if name == "x-haineko-loop").split(",")
+        header = Header(loop=tuple(name.strip() for name in passed if DOMAIN.fullmatch(name.strip())))
+        submission.header = header
+    if submission.rcpt is None:
+        named = [mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written]
+        submission.rcpt = tuple(header_recipients(raw.fields) if raw else named)
+    submission.rcpt += tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
     return SubmissionResult(None if errors else submission, errors)
 
 
-SUBMISSION_KEYS = {normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))}
-SUBMISSION_KEYS.update(TOP_KEYS)
-
-
-def form_data_hint(start: bytes) -> str:
-    """Return what to say of a body that is empty or the data of an HTML form."""
-    if not start.strip():
-        return "; the body is empty"
-    is_form = re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start[:2] == b"--" and b"form-data" in start)
-    return "; it looks like form data: send JSON" if is_form else ""
-
-
-def check_content_ids(submission: Submission, errors: list) -> None:
-    """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
-    links = content_id_links(submission.html)
-    cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
-    unknown = sorted(links - cids.keys())[:MAX_HINTS]
-    errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
-    errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+SUBMISSION_HINTS = {
+    **{normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))},
+    **KEYS_BY_NAME, "contenttype": "html or attachments[].type", "mimetype": "attachments[].type",
+}  # fmt: skip
 
 
 def content_id_links(html: str) -> set:
@@ -2587,13 +2561,11 @@ def content_id_links(html: str) -> set:
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    if not isinstance(work, (bytes, bytearray, Submission)):  # of a provider's client, perhaps one of many
-        return True
-    if not isinstance(work, Submission):
-        if len(work) <= 2048:
-            return False
+    if isinstance(work, (bytes, bytearray)):
         per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
-        return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
+        return len(work) > 2048 and per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
+    if not isinstance(work, Submission):  # of a provider's client, perhaps one of many
+        return True
     header, raw = work.header, work.raw
     if raw:
         per_octet = 0.01 if raw.body.isascii() else 0.3
@@ -2609,19 +2581,6 @@ def provider_header_names(submission: Submission) -> tuple:
     """Return the names of the fields that cloud relays take for commands."""
     listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
     return tuple(dict.fromkeys(name for name, _ in listed if PROVIDER_HEADER.fullmatch(name)))
-
-
-def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
-    """Add the recipients that only the header names, and the loop field of a finished message."""
-    header, rcpt = submission.header, submission.rcpt
-    if submission.raw:
-        both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
-        errors.extend(f"{key}: can't stand beside raw" for key in both)
-        header = Header(loop=loop_names(submission.raw.fields))
-        rcpt = tuple(header_recipients(submission.raw.fields)) if rcpt is None else rcpt
-    shown = header.to + header.cc if rcpt is None else ()
-    named = (mailbox.as_written for _, mailbox in shown + header.bcc if mailbox.as_written)
-    return replace(submission, header=header, rcpt=(*(rcpt or ()), *named))
 
 
 def is_in_jis(raw: Any) -> bool:
@@ -2646,18 +2605,18 @@ def decode_jis_strings(table: Any, json_path: str = "") -> None:
 
 
 def jis_to_text(text: str) -> str:
-    """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
+    """Decode the ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
-    text = JIS_SEGMENT.sub(_decode_segment, text)
+
+    def decode(found: re.Match) -> str:
+        escape, segment = found.groups()
+        return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
+
+    text = JIS_SEGMENT.sub(decode, text)
     if re.search(r"\x1b[$(]", text):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
     return text
-
-
-def _decode_segment(found: re.Match) -> str:
-    escape, segment = found.groups()
-    return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
 
 
 def jis_bytes_to_text(octets: bytes) -> str:
@@ -2698,17 +2657,18 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     credentials = credentials_of(request)
     name = settings.password.authenticate(credentials)
     login = settings.password.logins.get(name, request.rights)
-    request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
+    fault = login.fault(request.client, request.now)
     if name and not fault:
         request.login, request.rights = name, login
         if login.sandbox:  # all mail is discarded
             request.settings = replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
         return None
-    request.login_fault = request.login_fault or "no such name, password or key"
-    source = int(request.client) >> (64 if request.client.version == 6 else 0)
-    state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
-    if state and state.wait:
-        return rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
+    request.login_fault = f"{name}: {fault}" if fault else "no such name, password or key"
+    if credentials:
+        source = int(request.client) >> (64 if request.client.version == 6 else 0)
+        state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60)
+        if state.wait:
+            return rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
     return make_reply("login")
 
 
@@ -2716,9 +2676,7 @@ def credentials_of(request: Request) -> str:
     """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
     token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
-    if not credentials and not request.path.startswith(
-        ("/v3/", "/emails")
-    ):  # those clients send header fields of mails
+    if not credentials and not request.path.startswith(("/v3/", "/emails")):  # there, it may be a mail's header field
         token = request.headers.get("x-postmark-server-token", "")
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
 
@@ -2751,9 +2709,9 @@ def check_client(request: Request, submission: Submission | None, settings: Sett
     """Require an address in relayhosts, unless the client has to log in."""
     if (settings.password.logins and not is_postmark_test(request)) or settings.relayhosts.open_relay:
         return None
-    if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = proxied_client_error(request, settings)
+    if request.client not in settings.relayhosts.relayhosts:
+        reason = f"{request.client} is not in relayhosts.relayhosts"
     return make_reply("client", reason) if reason else None
 
 
@@ -2789,16 +2747,14 @@ def check_trace(request: Request, submission: Submission, settings: Settings) ->
 
 def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     name = submission.ehlo
-    if name is None or DOMAIN.fullmatch(name):
+    if name is None or DOMAIN.fullmatch(name) or (name[:1] == "[" and parse_address(f"x@{name}")):
         return None
-    literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_address_literal(name)
-    return None if literal else make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
+    return make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
 
 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if not submission.mail:
-        missing = make_reply("mail-empty", "mail (the envelope sender) is required")
-        return missing if request.peer else None  # the command sendmail may send from <>
+    if not submission.mail:  # the command sendmail may send from <>
+        return make_reply("mail-empty", "mail (the envelope sender) is required") if request.peer else None
     if parse_address(submission.mail):
         return None
     return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
@@ -2806,25 +2762,20 @@ def check_sender(request: Request, submission: Submission, settings: Settings) -
 
 def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     """Require that the envelope sender and every author of the message are permitted to the login."""
-    fence = request.rights.senders
-    authors = () if fence is None else [parse_address(submission.mail), *message_authors(submission)]
-    for mailbox in authors:
-        if not permits(fence, mailbox):
-            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
-            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
-    return None
-
-
-def message_authors(submission: Submission) -> list:
-    """Return the Mailboxes in From and Sender, None for a field that can't be parsed."""
-    found = [mailbox for _, mailbox in submission.header.from_]
+    if request.rights.senders is None:
+        return None
+    authors = [parse_address(submission.mail), *(mailbox for _, mailbox in submission.header.from_)]
     for name, octets in submission.raw.fields if submission.raw else ():
         if name in ("from", "sender", "resent-from", "resent-sender"):
             try:
-                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
+                authors += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
             except ValueError:
-                found.append(None)
-    return found
+                authors.append(None)
+    for mailbox in authors:
+        if not permits(request.rights.senders, mailbox):
+            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
+            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
+    return None
 
 
 def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
@@ -2837,12 +2788,10 @@ def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
-    limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
-    if not limit or count <= limit:
-        return None
-    if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
+    count, limit = len(submission.rcpt), settings.smtpd.max_rcpts_per_message
+    if limit < count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
         count = len(unique_recipients(submission))
-    if count <= limit:
+    if not limit or count <= limit:
         return None
     return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
 
@@ -2851,11 +2800,10 @@ def check_recipients(request: Request, submission: Submission, settings: Setting
     """Return {recipient as written: the Reply that refuses it}."""
     refused = {}
     for as_written, mailbox in unique_recipients(submission).items():
-        reply = check_recipient(mailbox, settings, as_written)
-        if not reply and not permits(request.rights.recipients, mailbox):
-            reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
-        if reply:
+        if reply := check_recipient(mailbox, settings, as_written):
             refused[as_written] = reply
+        elif not permits(request.rights.recipients, mailbox):
+            refused[as_written] = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
     return refused
 
 
@@ -2879,29 +2827,15 @@ def check_subject(request: Request, submission: Submission, settings: Settings) 
     return make_reply("subject-empty", "header.subject is required")
 
 
-# (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
-# or {recipient: Reply}, which refuses these recipients.
-CHECKS = (
-    ("head", check_login),  # before the body is read; there is no submission yet
-    ("head", check_client),
-    ("head", check_rate),
-    ("submission", check_send_at),
-    ("submission", check_trace),
-    ("submission", check_loop),
-    ("submission", check_ehlo),
-    ("submission", check_sender),
-    ("submission", check_sender_fence),
-    ("submission", check_recipient_count),
-    ("submission", check_recipients),
-    ("content", check_body),  # if a recipient is left
-    ("message", check_size),  # once the message is composed: request.message_size is known
-    ("message", check_subject),
-    ("message", check_rate),  # last: a mail that is refused counts for nothing
-)
-
-
-def checks_at(stage: str) -> tuple:
-    return tuple(check for name, check in CHECKS if name == stage)
+# The checks of each stage, in the order in which faults are reported. A check returns a Reply, which refuses the whole
+# submission, or {recipient: Reply}, which refuses these recipients.
+CHECKS = {
+    "head": (check_login, check_client, check_rate),  # before the body is read; there is no submission yet
+    "submission": (check_send_at, check_trace, check_loop, check_ehlo, check_sender, check_sender_fence,
+                   check_recipient_count, check_recipients),
+    "content": (check_body,),  # if a recipient is left
+    "message": (check_size, check_subject, check_rate),  # once it is composed; a refused mail counts for nothing
+}  # fmt: skip
 
 
 def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> dict:
@@ -7411,7 +7345,6 @@ def level_of(status: str) -> str:
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
-CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 MAX_REPORTED_ERRORS = 10
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
@@ -7570,7 +7503,7 @@ def parse_and_check(request: Request, parse: Callable, body: Any, settings: Sett
     submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
-    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
+    refused = apply_checks(CHECKS["submission"], request, submission, settings)
     recipients = unique_recipients(submission)
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
@@ -7588,7 +7521,7 @@ def compose_and_check(
     request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
 ) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
-    apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
+    apply_checks(CHECKS["content"], request, submission, settings)
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
     shown = apply_staging(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
     message = compose(shown, queueid, request.client, settings.hostname, now)
@@ -7596,7 +7529,7 @@ def compose_and_check(
         message = message._replace(dsn=request.dsn)
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
-    apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
+    apply_checks(CHECKS["message"], request, submission, settings)
     return message
 
 
@@ -8622,8 +8555,8 @@ async def answer_options(request: Request, app: App) -> Response:
 
 
 ENDPOINTS = {
-    ("POST", "/submit"): Endpoint(submit, checks_at("head")),
-    **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
+    ("POST", "/submit"): Endpoint(submit, CHECKS["head"]),
+    **{("POST", path): Endpoint(answer_provider, CHECKS["head"]) for path in PROVIDER_ENDPOINTS},
     ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),

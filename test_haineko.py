@@ -4099,7 +4099,7 @@ def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> hai
     """The Reply by which a check of a submission refuses it, or one of its recipients."""
     try:
         return next(
-            iter(haineko.apply_checks(haineko.CHECKS_OF_SUBMISSION, request_, submission, settings()).values()), None
+            iter(haineko.apply_checks(haineko.CHECKS["submission"], request_, submission, settings()).values()), None
         )
     except haineko.Rejected as error:
         return error.reply
