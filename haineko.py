@@ -1773,14 +1773,10 @@ metrics = Metrics()
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
-TRACE_HEADERS = {
-    "x-request-id": re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}"),
-    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),  # W3C Trace Context
-}
+TRACE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
-JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
-    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
-}  # fmt: skip
+# JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468).
+JIS_TABLES = {"(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)}}
 
 # Limits; a name or field over them is refused, and they are checked before the work.
 MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
@@ -1806,7 +1802,6 @@ ADDRESS_TOKEN = re.compile(
     re.DOTALL,
 )
 CFWS = ("blank", "comment")
-CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
 MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
 PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 DATE = re.compile(
@@ -1814,7 +1809,6 @@ DATE = re.compile(
     r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
 )
 RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
-FIELD_NAME = re.compile("[!-9;-~]{1,76}")  # RFC 5322 2.2
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 # U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
 CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -1872,7 +1866,7 @@ class Request:
     def trace_id(self, header: str) -> str | None:
         """Return the value of a header by which other programs know the request, None if it is absent or malformed."""
         value = self.headers.get(header)
-        return value if value and TRACE_HEADERS[header].fullmatch(value) else None
+        return value if value and TRACE_ID.fullmatch(value) else None
 
 
 class Mailbox(NamedTuple):
@@ -1920,12 +1914,11 @@ def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
     if type(value) is not str:
         errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return ""
-    if value.isascii():
-        return value
-    try:
-        value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
-    except UnicodeEncodeError as error:
-        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
+    if not value.isascii():
+        try:
+            value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
+        except UnicodeEncodeError as error:
+            errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
     return value
 
 
@@ -2034,10 +2027,10 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
 @cache_short(64, limit=40)
 def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
-    try:
-        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "") if CHARSET_NAME.fullmatch(name) else ""
-    except (LookupError, ValueError):
-        return ""
+    with contextlib.suppress(LookupError, ValueError):
+        if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name):
+            return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+    return ""
 
 
 def codec_name(charset: str) -> str:
@@ -2059,7 +2052,6 @@ IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 85
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-# IANA's name of a charset.
 parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
 parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
 parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
@@ -2088,12 +2080,9 @@ def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
 # Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
-    "In-Reply-To": parse_message_ids,
-    "References": parse_message_ids,
+    **dict.fromkeys(("In-Reply-To", "References"), parse_message_ids),
     "Date": matching(
-        lambda date: DATE.fullmatch(date) and parsedate_to_datetime(date),
-        f'a date like "{formatdate(0)}"',
-        optional=True,
+        lambda day: DATE.fullmatch(day) and parsedate_to_datetime(day), f'a date like "{formatdate(0)}"', optional=True
     ),
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
     "Importance": one_of_words("high", "normal", "low"),  # RFC 4021 2.1.44
@@ -2111,25 +2100,6 @@ def normalize_key(key: str) -> str:
     return key.lower().replace("-", "").replace("_", "")
 
 
-FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
-OTHER_NAMES = {  # of the keys outside of header, in other programs
-    "body": "text textbody plain content message", "rcpt": "recipient recipients mailto rcptto", "html": "htmlbody",
-    "mail": "sender mailfrom", "attachments": "files attachment", "send_at": "sendat", "dry_run": "dryrun",
-    "ehlo": "", "helo": "", "recv": "", "raw": "", "async": "", "trace": "",
-}  # fmt: skip
-KEYS_BY_NAME = {name: key for key, names in OTHER_NAMES.items() for name in (key, *names.split())}
-# Names that are no key where they stand, and what they may mean there.
-HEADER_HINTS = {name: f"{key}, outside of header" for name, key in KEYS_BY_NAME.items()}
-ATTACHMENT_HINTS = {"data": '"content"', "contentid": '"cid"', "disposition": '"inline"',
-                    **dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')}  # fmt: skip
-
-
-def hint_of(hints: dict, key: str, known: Any) -> str:
-    """Return what an unknown key may mean, by a table of names that are keys elsewhere or by its spelling."""
-    meant = hints.get(normalize_key(key))
-    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
-
-
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
 class Header:
     from_: tuple = config_field((), parse_mailbox_field, "From; absent: the envelope sender", key="from")
@@ -2141,6 +2111,29 @@ class Header:
     cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
     bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
     extra_fields: tuple = ()  # ((name, value), ...)
+
+
+FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
+OTHER_NAMES = {  # of the keys outside of header, in other programs
+    "body": "text textbody plain content message", "rcpt": "recipient recipients mailto rcptto", "html": "htmlbody",
+    "mail": "sender mailfrom", "attachments": "files attachment", "send_at": "sendat", "dry_run": "dryrun",
+    "ehlo": "", "helo": "", "recv": "", "raw": "", "async": "", "trace": "",
+}  # fmt: skip
+KEYS_BY_NAME = {name: key for key, names in OTHER_NAMES.items() for name in (key, *names.split())}
+# Names that are no key where they stand, and what they may mean there.
+HEADER_HINTS = {name: f"{key}, outside of header" for name, key in KEYS_BY_NAME.items()}
+SUBMISSION_HINTS = {
+    **{normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))},
+    **KEYS_BY_NAME, "contenttype": "html or attachments[].type", "mimetype": "attachments[].type",
+}  # fmt: skip
+ATTACHMENT_HINTS = {"data": '"content"', "contentid": '"cid"', "disposition": '"inline"',
+                    **dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')}  # fmt: skip
+
+
+def hint_of(hints: dict, key: str, known: Any) -> str:
+    """Return what an unknown key may mean, by a table of names that are keys elsewhere or by its spelling."""
+    meant = hints.get(normalize_key(key))
+    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
@@ -2184,8 +2177,9 @@ def field_name(key: str, any_name: bool) -> str:
     """Return the name of the field that a key means which is none of Header's own, "" if it means none."""
     if X_FIELD.fullmatch(key):
         return "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-    is_open = any_name and FIELD_NAME.fullmatch(key) and not RESERVED_FIELDS.fullmatch(normalize_key(key))
-    return FIELD_BY_KEY.get(normalize_key(key), key if is_open else "")
+    key_in_name = normalize_key(key)
+    is_open = any_name and re.fullmatch("[!-9;-~]{1,76}", key) and not RESERVED_FIELDS.fullmatch(key_in_name)
+    return FIELD_BY_KEY.get(key_in_name, key if is_open else "")
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
@@ -2293,7 +2287,7 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
     found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
     parts: list = []
-    for part in mime_parts(octets, max_fields=MAX_FIELDS):
+    for part in mime_parts(octets):
         parts.append(part)
         parameters = [field.count(b";") for name, field in part.header if name in PARAMETER_FIELDS]
         for what, count, limit in (
@@ -2345,58 +2339,44 @@ def is_utf8(octets: bytes) -> bool:
     return False
 
 
-@dataclass(eq=False)
 class MIMEPart:
     """A part of a message: its header, and where it stands. A multipart or message within is a part of its own."""
 
-    header: list  # of (name in lower case, octets of the field)
-    start: int
-    body: int
-    end: int
-    depth: int
-    is_leaf: bool = True
-
-    def value(self, name: str) -> str:
-        """Return the value of a field on one line, "" if there is none."""
-        return unfold(next((octets for key, octets in self.header if key == name), b""))
+    def __init__(self, octets: bytes, start: int, end: int, depth: int) -> None:
+        self.header, self.body = read_header(octets, start, end)
+        self.start, self.end, self.depth, self.is_leaf = start, end, depth, True
+        values = {name: unfold(field) for name, field in reversed(self.header) if name.startswith("content-t")}
+        self.content_type = values.get("content-type", "")
+        self.media_type = self.content_type.partition(";")[0].strip().lower()
+        self.encoding = values.get("content-transfer-encoding", "").partition("(")[0].strip().lower()
 
     def parameter(self, name: str) -> str:
         """Return a parameter of Content-Type."""
-        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
+        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.content_type, re.IGNORECASE)
         return unquote(found[1]) if found else ""
 
     @property
-    def media_type(self) -> str:
-        return self.value("content-type").partition(";")[0].strip().lower()
-
-    @property
     def is_text(self) -> bool:
-        return self.is_leaf and (self.media_type.startswith("text/") or not self.media_type)
-
-    @property
-    def encoding(self) -> str:
-        return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
+        return self.is_leaf and (self.media_type or "text/").startswith("text/")
 
 
-def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0, max_fields: int = sys.maxsize) -> Any:
-    """Yield the parts of a message (RFC 2046 5.1), each before those within it; a header ends after `max_fields`."""
-    end = len(octets) if end < 0 else end
-    header, body = read_header(octets, start, end, max_fields)
-    part, inner = MIMEPart(header, start, body, end, depth), []
+def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0) -> Any:
+    """Yield the parts of a message (RFC 2046 5.1), each before those within it."""
+    part, inner = MIMEPart(octets, start, len(octets) if end < 0 else end, depth), []
     if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
-        inner = [(body, end)]
+        inner = [(part.body, part.end)]
     elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
-        inner = _split_multipart(octets, part, part.parameter("boundary").encode())
+        inner = _split_multipart(octets, part)
     part.is_leaf = not inner
     yield part
     for start, end in inner:
-        yield from mime_parts(octets, start, end, depth + 1, max_fields)
+        yield from mime_parts(octets, start, end, depth + 1)
 
 
-def _split_multipart(octets: bytes, part: MIMEPart, boundary: bytes) -> list:
+def _split_multipart(octets: bytes, part: MIMEPart) -> list:
     """Return [(start, end), ...] of the parts of a multipart; one without parts is a leaf."""
     spans, start = [], 0
-    delimiter = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
+    delimiter = re.compile(rb"\n--" + re.escape(part.parameter("boundary").encode()) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
     for found in delimiter.finditer(octets, part.body - 1, part.end):
         end = found.start() - octets.endswith(b"\r", start, found.start())
         spans += [(start, max(start, end))] if start else []
@@ -2406,10 +2386,10 @@ def _split_multipart(octets: bytes, part: MIMEPart, boundary: bytes) -> list:
     return [*spans, (start, part.end)] if start else []
 
 
-def read_header(octets: bytes, start: int, end: int, max_fields: int = sys.maxsize) -> tuple:
+def read_header(octets: bytes, start: int, end: int) -> tuple:
     """Return ([(name in lower case, octets of the field), ...], start of the body)."""
     header, at = [], start
-    while len(header) <= max_fields and (found := RAW_FIELD.match(octets, at, end)):
+    while len(header) < MAX_FIELDS + 100 and (found := RAW_FIELD.match(octets, at, end)):  # 100: compose() adds some
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
     return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
@@ -2530,7 +2510,7 @@ def parse_document(document: Any) -> SubmissionResult:
     submission = from_dict(Submission, document, "", errors, functools.partial(hint_of, SUBMISSION_HINTS))
     header, raw = submission.header, submission.raw
     if submission.html and not any(error.startswith("attachments") for error in errors):
-        links = content_id_links(submission.html)
+        links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
         cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
         unknown = sorted(links - cids.keys())[:MAX_HINTS]
         errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
@@ -2546,17 +2526,6 @@ def parse_document(document: Any) -> SubmissionResult:
         submission.rcpt = tuple(header_recipients(raw.fields) if raw else named)
     submission.rcpt += tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
     return SubmissionResult(None if errors else submission, errors)
-
-
-SUBMISSION_HINTS = {
-    **{normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))},
-    **KEYS_BY_NAME, "contenttype": "html or attachments[].type", "mimetype": "attachments[].type",
-}  # fmt: skip
-
-
-def content_id_links(html: str) -> set:
-    """Return the names in links "cid:..."."""
-    return {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html)}
 
 
 def is_expensive(work: Any) -> bool:
@@ -2611,7 +2580,9 @@ def jis_to_text(text: str) -> str:
 
     def decode(found: re.Match) -> str:
         escape, segment = found.groups()
-        return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
+        return (
+            jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES.get(escape, {}))
+        )
 
     text = JIS_SEGMENT.sub(decode, text)
     if re.search(r"\x1b[$(]", text):
@@ -2621,15 +2592,14 @@ def jis_to_text(text: str) -> str:
 
 def jis_bytes_to_text(octets: bytes) -> str:
     """Decode JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError if it is not that."""
-    shifted = bytearray()
-    for high, low in zip(octets[::2], octets[1::2]):
-        if not (0x21 <= high <= 0x7E and 0x21 <= low <= 0x7E):
-            raise ValueError("claims to be ISO-2022-JP and isn't")
-        lead = (high + 1) // 2 + (0x70 if high < 0x5F else 0xB0)
-        trail = low + (0x1F if low < 0x60 else 0x20) if high % 2 else low + 0x7E
-        shifted += bytes((lead, trail))
+    if not re.fullmatch(rb"[!-~]*", octets):
+        raise ValueError("claims to be ISO-2022-JP and isn't")
     if len(octets) % 2:
         raise ValueError("claims to be ISO-2022-JP and ends within a character")
+    shifted = bytearray()
+    for row, cell in zip(octets[::2], octets[1::2]):
+        lead, trail = divmod((row - 0x21) * 94 + cell - 0x21, 188)  # code page 932 has two rows for each lead octet
+        shifted += bytes((lead + (0x81 if lead < 31 else 0xC1), trail + (0x40 if trail < 63 else 0x41)))
     try:
         return shifted.decode("cp932")
     except UnicodeDecodeError:
@@ -2726,9 +2696,8 @@ def proxied_client_error(request: Request, settings: Settings) -> str:
 
 
 def check_send_at(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if (submission.send_at or 0) <= request.now + MAX_SEND_AHEAD:
-        return None
-    return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
+    line = f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead"
+    return make_reply("invalid", line) if (submission.send_at or 0) > request.now + MAX_SEND_AHEAD else None
 
 
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
@@ -2815,16 +2784,14 @@ def check_body(request: Request, submission: Submission, settings: Settings) -> 
 
 
 def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    limit = settings.smtpd.max_message_size
-    if not limit or request.message_size <= limit:
-        return None
-    return make_reply("too-big", f"{request.message_size} octets exceed smtpd.max_message_size ({limit})")
+    limit, size = settings.smtpd.max_message_size, request.message_size
+    line = f"{size} octets exceed smtpd.max_message_size ({limit})"
+    return make_reply("too-big", line) if 0 < limit < size else None
 
 
 def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if submission.header.subject or submission.raw:
-        return None
-    return make_reply("subject-empty", "header.subject is required")
+    missing = not (submission.header.subject or submission.raw)
+    return make_reply("subject-empty", "header.subject is required") if missing else None
 
 
 # The checks of each stage, in the order in which faults are reported. A check returns a Reply, which refuses the whole
@@ -2843,10 +2810,9 @@ def apply_checks(checks: tuple, request: Request, submission: Submission | None,
     refused: dict = {}
     for check in checks:
         result = check(request, submission, settings)
-        if isinstance(result, dict):
-            refused.update(result)
-        elif result:
+        if isinstance(result, Reply):
             raise Rejected(result)
+        refused.update(result or {})
     return refused
 
 
@@ -8016,7 +7982,7 @@ def read_headers(value: Any, json_path: str, errors: list) -> dict:
 def read_attachments(mail: dict, names: dict, errors: list) -> Any:
     """Return attachments as a submission has them; a content id that the HTML does not use is left out."""
     html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]), []
-    links = content_id_links(html) if isinstance(html, str) else set()
+    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html if isinstance(html, str) else "")}
     for i, entry in enumerate(
         entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries] * bool(entries)
     ):
