@@ -1774,7 +1774,6 @@ metrics = Metrics()
 # ======================================================================================================================
 
 TRACE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
 # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468).
 JIS_TABLES = {"(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)}}
 
@@ -1783,7 +1782,7 @@ MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
 MAX_ADDRESSES = 2000  # of one field
 MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
 MAX_FILE_NAME = MAX_MEDIA_TYPE = 255  # characters
-MAX_ATTACHMENTS = MAX_FIELDS = MAX_PARAMETERS = 1000
+MAX_ATTACHMENTS = MAX_FIELDS = 1000
 MAX_HEADER = 102400  # octets of the header of a message or part
 MAX_PARTS, MAX_NESTING = 2000, 100
 
@@ -1810,8 +1809,6 @@ DATE = re.compile(
 )
 RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
-# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
-CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
@@ -1831,7 +1828,6 @@ STRUCTURED_FIELDS = re.compile(
 )
 BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
-PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
 
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
@@ -1947,9 +1943,6 @@ def parse_recipient_field(value: Any, json_path: str, errors: list, allow_group:
     return ()
 
 
-parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
-
-
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
     """Return the same of a list of such strings, or of one."""
     if type(value) is list and len(value) > MAX_ADDRESSES:
@@ -1961,10 +1954,7 @@ def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
 @cache_short(512)
 def parse_mailboxes(text: str) -> tuple:
     """Return ((display name, Mailbox), ...) of an address list (RFC 5322 3.4 and 4.4); ValueError if it is none.
-
-    Groups are dissolved, an empty one has no mailboxes. ";" separates as "," does, since many people write it.
-    email.utils.getaddresses() is not used: its strictness differs between versions of Python.
-    """
+    Groups are dissolved; ";" separates as "," does. email.utils.getaddresses() differs between versions of Python."""
     simple = SIMPLE_MAILBOX.fullmatch(text)
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
@@ -2029,37 +2019,8 @@ def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
     with contextlib.suppress(LookupError, ValueError):
         if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name):
-            return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+            return IANA_NAMES.get(codecs.lookup(CODECS.get(name.lower(), name)).name, "")
     return ""
-
-
-def codec_name(charset: str) -> str:
-    """Return Python's name of a charset; Python does not know all of IANA's names."""
-    return CODECS.get(charset.lower(), charset.lower())
-
-
-# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
-IANA_NAMES = {
-    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
-    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
-    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
-    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
-    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
-    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
-}  # fmt: skip
-IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
-IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
-IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
-CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-
-parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
-parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
-parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
-parse_texts = list_of(parse_header_text, list)
-parse_message_ids = list_of(
-    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
-    lambda texts: " ".join(" ".join(texts).split()),
-)
 
 
 def one_of_words(*words: str) -> Callable:
@@ -2077,6 +2038,36 @@ def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
     return None
 
 
+def normalize_key(key: str) -> str:
+    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
+    return key.lower().replace("-", "").replace("_", "")
+
+
+# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
+IANA_NAMES = {
+    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
+    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
+    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
+}  # fmt: skip
+IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
+IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
+IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
+CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}  # Python does not know all of IANA's names
+
+parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
+parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
+parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
+parse_texts = list_of(parse_header_text, list)
+parse_message_ids = list_of(
+    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
+    lambda texts: " ".join(" ".join(texts).split()),
+)
+# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
+parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
 # Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
@@ -2093,11 +2084,6 @@ EXTRA_FIELDS = {
     **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
     **dict.fromkeys(("List-Subscribe", "List-Unsubscribe", "List-Unsubscribe-Post"), parse_ascii_text),  # RFC 8058
 }
-
-
-def normalize_key(key: str) -> str:
-    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
-    return key.lower().replace("-", "").replace("_", "")
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2143,8 +2129,9 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
-    twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
+    errors += [
+        f"{json_path}.{sanitize(key)}: duplicate key" for key in getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
+    ]
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
@@ -2195,9 +2182,8 @@ def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
 
 
 def parse_file_name(value: Any, json_path: str, errors: list) -> str:
-    """Return a file name without a path or invisible characters."""
     value = parse_unicode_text(value, json_path, errors).strip()
-    if CONTROL_OR_BIDI.search(value):
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", value):  # one can make fdp.exe look like exe.pdf
         errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
         errors.append(f'{json_path}: expected a name without a path, got "{sanitize(value, 80)}"')
@@ -2220,10 +2206,6 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
-parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Attachment:
     filename: str = config_field("", parse_file_name, "its name; absent: none")
@@ -2234,7 +2216,6 @@ class Attachment:
 
 
 def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
-    """Return Attachments, from a list of objects or from one."""
     if type(value) is list and len(value) > MAX_ATTACHMENTS:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
@@ -2289,13 +2270,11 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
     parts: list = []
     for part in mime_parts(octets):
         parts.append(part)
-        parameters = [field.count(b";") for name, field in part.header if name in PARAMETER_FIELDS]
         for what, count, limit in (
             ("parts", len(parts), MAX_PARTS),
             ("levels of parts", part.depth, MAX_NESTING),
             ("fields in a header", len(part.header), MAX_FIELDS),
             ("octets of a header", part.body - part.start, MAX_HEADER),
-            ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
         ):
             if count > limit:
                 raise ValueError(f"{count} {what} exceed the limit of {limit}")
@@ -2482,7 +2461,6 @@ class SubmissionResult(NamedTuple):
 
 
 def parse_submission(body: Any) -> SubmissionResult:
-    """Parse the body of a request."""
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
@@ -2549,11 +2527,12 @@ def is_expensive(work: Any) -> bool:
 def provider_header_names(submission: Submission) -> tuple:
     """Return the names of the fields that cloud relays take for commands."""
     listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
-    return tuple(dict.fromkeys(name for name, _ in listed if PROVIDER_HEADER.fullmatch(name)))
+    return tuple(
+        dict.fromkeys(name for name, _ in listed if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name))
+    )
 
 
 def is_in_jis(raw: Any) -> bool:
-    """Return whether a submission asks for ISO-2022-JP."""
     header = raw.get("header") if isinstance(raw, dict) else None
     items = header.items() if isinstance(header, dict) else ()
     charset = next((value for key, value in items if normalize_key(key) == "charset"), None)
@@ -2584,7 +2563,7 @@ def jis_to_text(text: str) -> str:
             jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES.get(escape, {}))
         )
 
-    text = JIS_SEGMENT.sub(decode, text)
+    text = re.sub(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)", decode, text)
     if re.search(r"\x1b[$(]", text):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
     return text
@@ -2615,7 +2594,6 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 WRONG_LOGINS = Rate(10, 60)
 SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
-POSTMARK_PATHS = ("/email", "/email/batch")
 MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
@@ -2671,8 +2649,8 @@ def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply 
 
 def is_postmark_test(request: Request) -> bool:
     """Return whether a request is to be checked only; it needs no login, but an address in relayhosts."""
-    test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
-    return test and request.path in POSTMARK_PATHS
+    is_test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
+    return is_test and request.path in ("/email", "/email/batch")
 
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
@@ -2708,10 +2686,9 @@ def check_loop(request: Request | None, submission: Submission, settings: Settin
 
 def check_trace(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     """Require a login with the right to see SMTP dialogues, or a program on this machine."""
-    local = request.client in LOOPBACK and not request.forwarded
-    if not submission.trace or local or request.rights.trace:
-        return None
-    return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
+    permitted = request.rights.trace or (request.client in LOOPBACK and not request.forwarded)
+    line = 'trace: only from this machine, or by a login with "trace": true'
+    return make_reply("forbidden", line) if submission.trace and not permitted else None
 
 
 def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -3170,7 +3147,7 @@ def encode_body(text: str, charset: str) -> tuple:
 @functools.lru_cache(maxsize=64)
 def charset_encoder(charset: str) -> Callable:
     """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
-    return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
+    return CHARSETS.get(charset) or functools.partial(_encode, CODECS[charset.lower()])
 
 
 def _encode(codec: str, text: str) -> bytes:
@@ -3329,7 +3306,7 @@ def encode_phrases(text: str, encode: Callable) -> str:
 
 def decode_octets(octets: bytes, charset: str) -> str | None:
     """Decode octets of a header: UTF-8, else the charset; None if they are neither."""
-    for codec in ("utf-8", codec_name(iana_charset(charset))):
+    for codec in ("utf-8", CODECS.get(iana_charset(charset).lower(), "")):
         with contextlib.suppress(UnicodeDecodeError, LookupError):
             return octets.decode(codec)
     return None
@@ -6078,7 +6055,7 @@ def decode_charset(octets: bytes, charset: str) -> str:
     """Decode text in a MIME charset."""
     if charset.upper() == "ISO-2022-JP":
         return jis_to_text(octets.decode("ascii"))
-    return octets.decode(codec_name(charset))
+    return octets.decode(CODECS.get(charset.lower(), charset))
 
 
 def format_mailboxes(text: str) -> str:

@@ -3696,7 +3696,7 @@ class RawMessages(Quiet):
             ),
             ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
             ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
-            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 1001, "parameters of a field exceed the limit of 1000"),
+            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 10001, None),
         ):
             with self.subTest(what):
                 form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
