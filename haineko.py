@@ -1773,7 +1773,6 @@ metrics = Metrics()
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
-TRACE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468).
 JIS_TABLES = {"(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)}}
 
@@ -1792,8 +1791,7 @@ MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
     r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
 )
 PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
-# A name with commas or brackets without quotes, which people write, then one address.
-SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")  # a name, with commas or brackets or not, and one address
 ADDRESS_TOKEN = re.compile(
     r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
     r"|(?P<comment>\((?:[^()\\]|\\.|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\))*\))"  # in two others at most
@@ -1812,7 +1810,7 @@ X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")
+CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")  # of a link "cid:...", RFC 2392
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
 LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
@@ -1820,8 +1818,7 @@ RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
 PARAMETER_FIELDS = ("content-type", "content-disposition")
 MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
                   "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
-# Fields in which only comments may be encoded.
-STRUCTURED_FIELDS = re.compile(
+STRUCTURED_FIELDS = re.compile(  # in which only comments may be encoded
     r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
     r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
     r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
@@ -1862,15 +1859,13 @@ class Request:
     def trace_id(self, header: str) -> str | None:
         """Return the value of a header by which other programs know the request, None if it is absent or malformed."""
         value = self.headers.get(header)
-        return value if value and TRACE_ID.fullmatch(value) else None
+        return value if value and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", value) else None
 
 
 class Mailbox(NamedTuple):
-    """A mailbox of RFC 5321 4.1.2, its domain in ASCII."""
-
     as_written: str
     local: str
-    domain: str
+    domain: str  # in ASCII
     addr_spec: str  # local part, "@", domain
     key: tuple  # equal for equal mailboxes: domains compare without case (RFC 5321 2.4)
 
@@ -2066,7 +2061,6 @@ parse_message_ids = list_of(
     matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
     lambda texts: " ".join(" ".join(texts).split()),
 )
-# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
 parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
 # Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
@@ -2106,7 +2100,6 @@ OTHER_NAMES = {  # of the keys outside of header, in other programs
     "ehlo": "", "helo": "", "recv": "", "raw": "", "async": "", "trace": "",
 }  # fmt: skip
 KEYS_BY_NAME = {name: key for key, names in OTHER_NAMES.items() for name in (key, *names.split())}
-# Names that are no key where they stand, and what they may mean there.
 HEADER_HINTS = {name: f"{key}, outside of header" for name, key in KEYS_BY_NAME.items()}
 SUBMISSION_HINTS = {
     **{normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))},
@@ -2123,15 +2116,13 @@ def hint_of(hints: dict, key: str, known: Any) -> str:
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
-    """Return a Header; its keys may be spelled in any way."""
     own = key_table(Header)
     if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
-    errors += [
-        f"{json_path}.{sanitize(key)}: duplicate key" for key in getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    ]
+    twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
+    errors += [f"{json_path}.{sanitize(key)}: duplicate key" for key in twice]
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
@@ -2147,10 +2138,8 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
         elif RESERVED_FIELDS.fullmatch(normalized):
             errors.append(f"{item_path}: Haineko makes this field itself")
         else:
-            known = [*own, *map(str.lower, EXTRA_FIELDS)]
-            errors.append(
-                f"{item_path}: unknown key{hint_of(HEADER_HINTS, key, known) if len(errors) < MAX_HINTS else ''}"
-            )
+            known = [*own, *map(str.lower, EXTRA_FIELDS)] if len(errors) < MAX_HINTS else []
+            errors.append(f"{item_path}: unknown key{hint_of(HEADER_HINTS, key, known)}")
     if len(extra) > MAX_FIELDS or sum(len(text) for _, text in extra) > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
@@ -2235,9 +2224,7 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
 
 
 class ParsedMessage(NamedTuple):
-    """A finished message with LF as line end."""
-
-    fields: list  # of (name in lower case, octets of the field)
+    fields: list  # of (name in lower case, octets of the field); lines end with LF
     body: bytes
 
 
@@ -2376,9 +2363,7 @@ def read_header(octets: bytes, start: int, end: int) -> tuple:
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
-    dropped = (
-        b"" if keep_8bit else bytes(range(128, 256))
-    )  # from delimiters, and from text between parts that nobody reads
+    dropped = b"" if keep_8bit else bytes(range(128, 256))  # of delimiters, and of text between parts that nobody reads
     out, at = [], 0
     for part in parts:
         header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
@@ -2453,9 +2438,7 @@ class Submission:
 
 
 class SubmissionResult(NamedTuple):
-    """What a request's body holds: a Submission, or None and every error."""
-
-    submission: Submission | None
+    submission: Submission | None  # None if there are errors
     errors: list
     is_json: bool = True  # False: the one error is that of the JSON decoder
 
@@ -2524,12 +2507,10 @@ def is_expensive(work: Any) -> bool:
     return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc) > 5000
 
 
-def provider_header_names(submission: Submission) -> tuple:
+def provider_header_names(submission: Submission) -> list:
     """Return the names of the fields that cloud relays take for commands."""
-    listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
-    return tuple(
-        dict.fromkeys(name for name, _ in listed if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name))
-    )
+    fields = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    return [name for name in dict(fields) if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name)]
 
 
 def is_in_jis(raw: Any) -> bool:
@@ -2559,9 +2540,8 @@ def jis_to_text(text: str) -> str:
 
     def decode(found: re.Match) -> str:
         escape, segment = found.groups()
-        return (
-            jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES.get(escape, {}))
-        )
+        is_wide, table = escape[0] == "$", JIS_TABLES.get(escape, {})
+        return jis_bytes_to_text(segment.encode()) if is_wide else segment.translate(table)
 
     text = re.sub(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)", decode, text)
     if re.search(r"\x1b[$(]", text):
