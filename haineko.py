@@ -1806,7 +1806,6 @@ DATE = re.compile(
     r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
 )
 RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
-X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
@@ -1823,7 +1822,6 @@ STRUCTURED_FIELDS = re.compile(  # in which only comments may be encoded
     r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
     r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
 )
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
 
 
@@ -1857,7 +1855,6 @@ class Request:
         return {**whose, "reason": self.login_fault or None, **ids}
 
     def trace_id(self, header: str) -> str | None:
-        """Return the value of a header by which other programs know the request, None if it is absent or malformed."""
         value = self.headers.get(header)
         return value if value and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", value) else None
 
@@ -1939,7 +1936,6 @@ def parse_recipient_field(value: Any, json_path: str, errors: list, allow_group:
 
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
-    """Return the same of a list of such strings, or of one."""
     if type(value) is list and len(value) > MAX_ADDRESSES:
         errors.append(f"{json_path}: {len(value)} addresses exceed the limit of {MAX_ADDRESSES}")
         return ()
@@ -2014,8 +2010,13 @@ def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
     with contextlib.suppress(LookupError, ValueError):
         if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name):
-            return IANA_NAMES.get(codecs.lookup(CODECS.get(name.lower(), name)).name, "")
+            return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
     return ""
+
+
+def codec_name(charset: str) -> str:
+    """Return Python's name of a charset; Python does not know all of IANA's names."""
+    return CODECS.get(charset.lower(), charset.lower())
 
 
 def one_of_words(*words: str) -> Callable:
@@ -2050,7 +2051,7 @@ IANA_NAMES = {
 IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
 IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
-CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}  # Python does not know all of IANA's names
+CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
 parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
 parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
@@ -2151,7 +2152,7 @@ class OpenHeader(dict):
 
 def field_name(key: str, any_name: bool) -> str:
     """Return the name of the field that a key means which is none of Header's own, "" if it means none."""
-    if X_FIELD.fullmatch(key):
+    if re.fullmatch(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?", key):
         return "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
     key_in_name = normalize_key(key)
     is_open = any_name and re.fullmatch("[!-9;-~]{1,76}", key) and not RESERVED_FIELDS.fullmatch(key_in_name)
@@ -2313,17 +2314,13 @@ class MIMEPart:
         self.start, self.end, self.depth, self.is_leaf = start, end, depth, True
         values = {name: unfold(field) for name, field in reversed(self.header) if name.startswith("content-t")}
         self.content_type = values.get("content-type", "")
-        self.media_type = self.content_type.partition(";")[0].strip().lower()
+        self.media_type = self.content_type.partition(";")[0].strip().lower() or "text/plain"
+        self.is_text = self.media_type.startswith("text/")
         self.encoding = values.get("content-transfer-encoding", "").partition("(")[0].strip().lower()
 
     def parameter(self, name: str) -> str:
-        """Return a parameter of Content-Type."""
         found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.content_type, re.IGNORECASE)
         return unquote(found[1]) if found else ""
-
-    @property
-    def is_text(self) -> bool:
-        return self.is_leaf and (self.media_type or "text/").startswith("text/")
 
 
 def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0) -> Any:
@@ -2395,8 +2392,8 @@ def base64_lines(octets: bytes) -> bytes:
     blocks: list = []
     for at in range(0, len(octets), 57 * 4096):  # 57 octets make a line
         coded = binascii.b2a_base64(octets[at : at + 57 * 4096], newline=False)
-        blocks.append(b"\r\n".join(BASE64_LINE.findall(coded)))
-    return b"\r\n".join([*blocks, b""])
+        blocks += [b"\r\n".join(re.findall(rb"(?s).{1,76}", coded)), b"\r\n"]  # (?s): without a look at each octet
+    return b"".join(blocks)
 
 
 def unfold(octets: bytes) -> str:
@@ -2466,12 +2463,11 @@ def parse_submission(body: Any) -> SubmissionResult:
 
 
 def parse_document(document: Any) -> SubmissionResult:
-    """Parse a submission that is decoded JSON."""
     errors: list = []
     submission = from_dict(Submission, document, "", errors, functools.partial(hint_of, SUBMISSION_HINTS))
     header, raw = submission.header, submission.raw
     if submission.html and not any(error.startswith("attachments") for error in errors):
-        links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+        links = content_id_links(submission.html)
         cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
         unknown = sorted(links - cids.keys())[:MAX_HINTS]
         errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
@@ -2487,6 +2483,11 @@ def parse_document(document: Any) -> SubmissionResult:
         submission.rcpt = tuple(header_recipients(raw.fields) if raw else named)
     submission.rcpt += tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
     return SubmissionResult(None if errors else submission, errors)
+
+
+def content_id_links(html: str) -> set:
+    """Return the names in links "cid:..."."""
+    return {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html)}
 
 
 def is_expensive(work: Any) -> bool:
@@ -2567,9 +2568,8 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses the submission, {recipient:
-#    Reply} for these recipients only, or None. check_login() sets request.login and rates are counted; otherwise checks
-#    have no side effects. CHECKS has them in the order in which faults are reported.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses the submission, or None.
+#    check_login() sets request.login and rates are counted; otherwise checks have no side effects.
 # ======================================================================================================================
 
 WRONG_LOGINS = Rate(10, 60)
@@ -2722,15 +2722,16 @@ def check_recipient_count(request: Request, submission: Submission, settings: Se
     return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
 
 
-def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
-    """Return {recipient as written: the Reply that refuses it}."""
-    refused = {}
+def check_recipients(request: Request, submission: Submission, settings: Settings) -> tuple:
+    """Return ({recipient as written: the Reply that refuses it, or None}, Mailboxes of those that are not refused)."""
+    replies, accepted = {}, []
     for as_written, mailbox in unique_recipients(submission).items():
-        if reply := check_recipient(mailbox, settings, as_written):
-            refused[as_written] = reply
-        elif not permits(request.rights.recipients, mailbox):
-            refused[as_written] = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
-    return refused
+        reply = check_recipient(mailbox, settings, as_written)
+        if not reply and not permits(request.rights.recipients, mailbox):
+            reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
+        replies[as_written] = reply
+        accepted += [] if reply else [mailbox]
+    return replies, accepted
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2751,26 +2752,21 @@ def check_subject(request: Request, submission: Submission, settings: Settings) 
     return make_reply("subject-empty", "header.subject is required") if missing else None
 
 
-# The checks of each stage, in the order in which faults are reported. A check returns a Reply, which refuses the whole
-# submission, or {recipient: Reply}, which refuses these recipients.
+# The checks of each stage, in the order in which faults are reported.
 CHECKS = {
     "head": (check_login, check_client, check_rate),  # before the body is read; there is no submission yet
     "submission": (check_send_at, check_trace, check_loop, check_ehlo, check_sender, check_sender_fence,
-                   check_recipient_count, check_recipients),
+                   check_recipient_count),  # then check_recipients()
     "content": (check_body,),  # if a recipient is left
     "message": (check_size, check_subject, check_rate),  # once it is composed; a refused mail counts for nothing
 }  # fmt: skip
 
 
-def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> dict:
-    """Return {recipient: Reply} of the refused recipients; raise Rejected if the whole submission is refused."""
-    refused: dict = {}
+def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> None:
+    """Raise Rejected by the first check that refuses the submission."""
     for check in checks:
-        result = check(request, submission, settings)
-        if isinstance(result, Reply):
-            raise Rejected(result)
-        refused.update(result or {})
-    return refused
+        if reply := check(request, submission, settings):
+            raise Rejected(reply)
 
 
 def unique_recipients(submission: Submission) -> dict:
@@ -3127,7 +3123,7 @@ def encode_body(text: str, charset: str) -> tuple:
 @functools.lru_cache(maxsize=64)
 def charset_encoder(charset: str) -> Callable:
     """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
-    return CHARSETS.get(charset) or functools.partial(_encode, CODECS[charset.lower()])
+    return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
 
 
 def _encode(codec: str, text: str) -> bytes:
@@ -3286,7 +3282,7 @@ def encode_phrases(text: str, encode: Callable) -> str:
 
 def decode_octets(octets: bytes, charset: str) -> str | None:
     """Decode octets of a header: UTF-8, else the charset; None if they are neither."""
-    for codec in ("utf-8", CODECS.get(iana_charset(charset).lower(), "")):
+    for codec in ("utf-8", codec_name(iana_charset(charset))):
         with contextlib.suppress(UnicodeDecodeError, LookupError):
             return octets.decode(codec)
     return None
@@ -6035,7 +6031,7 @@ def decode_charset(octets: bytes, charset: str) -> str:
     """Decode text in a MIME charset."""
     if charset.upper() == "ISO-2022-JP":
         return jis_to_text(octets.decode("ascii"))
-    return octets.decode(CODECS.get(charset.lower(), charset))
+    return octets.decode(codec_name(charset))
 
 
 def format_mailboxes(text: str) -> str:
@@ -7426,10 +7422,8 @@ def parse_and_check(request: Request, parse: Callable, body: Any, settings: Sett
     submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
-    refused = apply_checks(CHECKS["submission"], request, submission, settings)
-    recipients = unique_recipients(submission)
-    replies = {as_written: refused.get(as_written) for as_written in recipients}
-    accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
+    apply_checks(CHECKS["submission"], request, submission, settings)
+    replies, accepted = check_recipients(request, submission, settings)
     digest = document_digest(body) if "idempotency-key" in request.headers and body is request.body else None
     return submission, replies, accepted, digest
 
@@ -7939,7 +7933,7 @@ def read_headers(value: Any, json_path: str, errors: list) -> dict:
 def read_attachments(mail: dict, names: dict, errors: list) -> Any:
     """Return attachments as a submission has them; a content id that the HTML does not use is left out."""
     html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]), []
-    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html if isinstance(html, str) else "")}
+    links = content_id_links(html) if isinstance(html, str) else set()
     for i, entry in enumerate(
         entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries] * bool(entries)
     ):

@@ -4098,9 +4098,9 @@ class Policy(Quiet):
 def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> haineko.Reply | None:
     """The Reply by which a check of a submission refuses it, or one of its recipients."""
     try:
-        return next(
-            iter(haineko.apply_checks(haineko.CHECKS["submission"], request_, submission, settings()).values()), None
-        )
+        haineko.apply_checks(haineko.CHECKS["submission"], request_, submission, settings())
+        replies, _ = haineko.check_recipients(request_, submission, settings())
+        return next(filter(None, replies.values()), None)
     except haineko.Rejected as error:
         return error.reply
 
