@@ -2324,29 +2324,24 @@ class MIMEPart:
 
 
 def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0) -> Any:
-    """Yield the parts of a message (RFC 2046 5.1), each before those within it."""
+    """Yield the parts of a message (RFC 2046 5.1), each before those within it. A multipart without parts is a leaf."""
     part, inner = MIMEPart(octets, start, len(octets) if end < 0 else end, depth), []
     if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
         inner = [(part.body, part.end)]
-    elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
-        inner = _split_multipart(octets, part)
+    elif part.media_type.startswith("multipart/") and (boundary := part.parameter("boundary").encode()):
+        delimiter, start = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)"), 0
+        for found in delimiter.finditer(octets, part.body - 1, part.end):
+            end = found.start() - octets.endswith(b"\r", start, found.start())
+            inner += [(start, max(start, end))] if start else []
+            start = min(found.end() + 1, part.end)
+            if found[1]:
+                break
+        else:  # the last delimiter is missing
+            inner += [(start, part.end)] if start else []
     part.is_leaf = not inner
     yield part
     for start, end in inner:
         yield from mime_parts(octets, start, end, depth + 1)
-
-
-def _split_multipart(octets: bytes, part: MIMEPart) -> list:
-    """Return [(start, end), ...] of the parts of a multipart; one without parts is a leaf."""
-    spans, start = [], 0
-    delimiter = re.compile(rb"\n--" + re.escape(part.parameter("boundary").encode()) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
-    for found in delimiter.finditer(octets, part.body - 1, part.end):
-        end = found.start() - octets.endswith(b"\r", start, found.start())
-        spans += [(start, max(start, end))] if start else []
-        start = min(found.end() + 1, part.end)
-        if found[1]:
-            return spans
-    return [*spans, (start, part.end)] if start else []
 
 
 def read_header(octets: bytes, start: int, end: int) -> tuple:
@@ -2402,8 +2397,7 @@ def unfold(octets: bytes) -> str:
 
 
 def header_recipients(header: list) -> list:
-    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
-    for addresses, and the reply names it as an invalid recipient."""
+    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself, to be refused."""
     found: list = []
     for text in [unfold(octets) for name, octets in header if name in ("to", "cc", "bcc")]:
         try:
@@ -2653,37 +2647,23 @@ def proxied_client_error(request: Request, settings: Settings) -> str:
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
-def check_send_at(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    line = f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead"
-    return make_reply("invalid", line) if (submission.send_at or 0) > request.now + MAX_SEND_AHEAD else None
-
-
-def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
-    names = submission.header.loop
-    looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
-    return make_reply("loop") if looped else None
-
-
-def check_trace(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    """Require a login with the right to see SMTP dialogues, or a program on this machine."""
-    permitted = request.rights.trace or (request.client in LOOPBACK and not request.forwarded)
-    line = 'trace: only from this machine, or by a login with "trace": true'
-    return make_reply("forbidden", line) if submission.trace and not permitted else None
-
-
-def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    name = submission.ehlo
-    if name is None or DOMAIN.fullmatch(name) or (name[:1] == "[" and parse_address(f"x@{name}")):
-        return None
-    return make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
-
-
-def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if not submission.mail:  # the command sendmail may send from <>
-        return make_reply("mail-empty", "mail (the envelope sender) is required") if request.peer else None
-    if parse_address(submission.mail):
-        return None
-    return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
+def check_envelope(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Refuse a submission that asks for what it may not, that went in a loop, or whose EHLO or MAIL is no command."""
+    names, ehlo, sender = submission.header.loop, submission.ehlo, submission.mail
+    if (submission.send_at or 0) > request.now + MAX_SEND_AHEAD:
+        return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
+    is_local = request.client in LOOPBACK and not request.forwarded
+    if submission.trace and not (is_local or request.rights.trace):
+        return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
+    if len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names):
+        return make_reply("loop")
+    if ehlo is not None and not DOMAIN.fullmatch(ehlo) and not (ehlo[:1] == "[" and parse_address(f"x@{ehlo}")):
+        return make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
+    if not sender and request.peer:  # the command sendmail, which has no peer, may send from <>
+        return make_reply("mail-empty", "mail (the envelope sender) is required")
+    if sender and not parse_address(sender):
+        return make_reply("mail-form", *idna_hint(sender) or ('expected a bare address like "user@example.org"',))
+    return None
 
 
 def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2741,25 +2721,22 @@ def check_body(request: Request, submission: Submission, settings: Settings) -> 
     return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
 
 
-def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_message(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     limit, size = settings.smtpd.max_message_size, request.message_size
-    line = f"{size} octets exceed smtpd.max_message_size ({limit})"
-    return make_reply("too-big", line) if 0 < limit < size else None
-
-
-def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    missing = not (submission.header.subject or submission.raw)
-    return make_reply("subject-empty", "header.subject is required") if missing else None
+    if 0 < limit < size:
+        return make_reply("too-big", f"{size} octets exceed smtpd.max_message_size ({limit})")
+    if not submission.header.subject and not submission.raw:
+        return make_reply("subject-empty", "header.subject is required")
+    return None
 
 
 # The checks of each stage, in the order in which faults are reported.
 CHECKS = {
     "head": (check_login, check_client, check_rate),  # before the body is read; there is no submission yet
-    "submission": (check_send_at, check_trace, check_loop, check_ehlo, check_sender, check_sender_fence,
-                   check_recipient_count),  # then check_recipients()
+    "submission": (check_envelope, check_sender_fence, check_recipient_count),  # then check_recipients()
     "content": (check_body,),  # if a recipient is left
-    "message": (check_size, check_subject, check_rate),  # once it is composed; a refused mail counts for nothing
-}  # fmt: skip
+    "message": (check_message, check_rate),  # once it is composed; a refused mail counts for nothing
+}
 
 
 def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> None:
