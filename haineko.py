@@ -2446,8 +2446,10 @@ def parse_submission(body: Any) -> SubmissionResult:
         elif re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start.startswith(b"--") and b"form-data" in start):
             hint = "; it looks like form data: send JSON"
         return SubmissionResult(None, [sanitize(str(error)) + hint], is_json=False)
+    # Only keys and values have plain quotes in JSON.
+    charset = re.search(rb'(?i)"char[-_]?set"\s*:\s*"([^"\\]*)"', body) if b"\\u001" in body else None
     try:
-        if b"\\u001" in body and is_in_jis(document):
+        if charset and iana_charset(charset[1].decode("latin-1")) == "ISO-2022-JP":
             decode_jis_strings(document)
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error))])
@@ -2500,19 +2502,6 @@ def is_expensive(work: Any) -> bool:
     cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
     cost += 0.6 * (len(header.subject) + sum(len(value) for _, value in header.extra_fields))
     return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc) > 5000
-
-
-def provider_header_names(submission: Submission) -> list:
-    """Return the names of the fields that cloud relays take for commands."""
-    fields = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
-    return [name for name in dict(fields) if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name)]
-
-
-def is_in_jis(raw: Any) -> bool:
-    header = raw.get("header") if isinstance(raw, dict) else None
-    items = header.items() if isinstance(header, dict) else ()
-    charset = next((value for key, value in items if normalize_key(key) == "charset"), None)
-    return type(charset) is str and iana_charset(charset) == "ISO-2022-JP"
 
 
 def decode_jis_strings(table: Any, json_path: str = "") -> None:
@@ -2714,18 +2703,13 @@ def check_recipients(request: Request, submission: Submission, settings: Setting
     return replies, accepted
 
 
-def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    raw = submission.raw
-    if submission.body or submission.html or (raw and raw.fields):
-        return None
-    return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
-
-
 def check_message(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    limit, size = settings.smtpd.max_message_size, request.message_size
+    raw, limit, size = submission.raw, settings.smtpd.max_message_size, request.message_size
+    if not (submission.body or submission.html or (raw and raw.fields)):
+        return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
     if 0 < limit < size:
         return make_reply("too-big", f"{size} octets exceed smtpd.max_message_size ({limit})")
-    if not submission.header.subject and not submission.raw:
+    if not submission.header.subject and not raw:
         return make_reply("subject-empty", "header.subject is required")
     return None
 
@@ -2734,8 +2718,7 @@ def check_message(request: Request, submission: Submission, settings: Settings) 
 CHECKS = {
     "head": (check_login, check_client, check_rate),  # before the body is read; there is no submission yet
     "submission": (check_envelope, check_sender_fence, check_recipient_count),  # then check_recipients()
-    "content": (check_body,),  # if a recipient is left
-    "message": (check_message, check_rate),  # once it is composed; a refused mail counts for nothing
+    "message": (check_message, check_rate),  # if a recipient is left; a refused mail counts for nothing
 }
 
 
@@ -7414,8 +7397,7 @@ def document_digest(body: Any) -> bytes:
 def compose_and_check(
     request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
 ) -> Message:
-    """Return the message; raise Rejected if a check of the content or of the message fails."""
-    apply_checks(CHECKS["content"], request, submission, settings)
+    """Return the message; raise Rejected if a check of the message fails."""
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
     shown = apply_staging(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
     message = compose(shown, queueid, request.client, settings.hostname, now)
@@ -7605,7 +7587,8 @@ def plan_transactions(
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
         groups.setdefault(key, (route, []))[1].append(mailbox)
-    names = provider_header_names(submission)
+    given = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    names = [name for name in dict(given) if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name)]
     if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
