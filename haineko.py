@@ -1948,7 +1948,7 @@ def parse_mailboxes(text: str) -> tuple:
     Groups are dissolved; ";" separates as "," does. email.utils.getaddresses() differs between versions of Python."""
     simple = SIMPLE_MAILBOX.fullmatch(text)
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
-        return ((simple[1].strip(), _parse_spec(simple[2])),)
+        return tuple(_mailbox([("atom", simple[1]), ("angle", f"<{simple[2]}>")]))
     found, tokens, in_group = [], [], False
     for match in ADDRESS_TOKEN.finditer(text):
         kind, token = match.lastgroup, match[0]
@@ -1974,25 +1974,21 @@ def _mailbox(tokens: list) -> list:
     words = [" " if kind == "comment" else token for kind, token in tokens if kind != "angle"]
     kinds = [kind for kind, _ in tokens if kind not in CFWS]
     if "angle" not in kinds:
-        spec = "".join(words).strip()
-        return [(comments, _parse_spec(spec))] if spec else []
-    if kinds.index("angle") != len(kinds) - 1:
+        name, spec = comments, "".join(words).strip()
+    elif kinds.index("angle") < len(kinds) - 1:
         raise ValueError("text after an address")
-    name = "".join(map(unquote, words)).strip()
-    name = f"{name} ({comments})" if name and comments else name or comments
-    return [(name, _parse_spec(dict(tokens)["angle"][1:-1]))]
+    else:
+        name, spec = "".join(map(unquote, words)).strip(), dict(tokens)["angle"][1:-1]
+        name = f"{name} ({comments})" if name and comments else name or comments
+    mailbox = parse_address(spec.strip())
+    if kinds and not mailbox:
+        raise ValueError(f'"{sanitize(spec, 80)}" is no address')
+    return [(name, mailbox)] if mailbox else []
 
 
 def unquote(word: str) -> str:
     """Return what a quoted string says (RFC 5322 3.2.4), any other word as it is."""
     return re.sub(r'\\(.)|"', r"\1", word) if word[:1] == '"' else word
-
-
-def _parse_spec(text: str) -> Mailbox:
-    mailbox = parse_address(text.strip())
-    if not mailbox:
-        raise ValueError(f'"{sanitize(text, 80)}" is no address')
-    return mailbox
 
 
 def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
@@ -2680,21 +2676,21 @@ def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
     return mailbox.addr_spec.lower() in fence or not fence.isdisjoint(lookup_keys(mailbox.domain.lower()))
 
 
-def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if not submission.rcpt or submission.rcpt == ("",):
-        return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
-    count, limit = len(submission.rcpt), settings.smtpd.max_rcpts_per_message
-    if limit < count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
-        count = len(unique_recipients(submission))
-    if not limit or count <= limit:
-        return None
-    return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
-
-
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> tuple:
-    """Return ({recipient as written: the Reply that refuses it, or None}, Mailboxes of those that are not refused)."""
+    """Return ({recipient as written: the Reply that refuses it, or None}, Mailboxes of those that are not refused), each
+    address once; raise Rejected if there are none or too many."""
+    given, limit, unique = submission.rcpt, settings.smtpd.max_rcpts_per_message, {}
+    if not given or given == ("",):
+        raise Rejected(make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc"))
+    if not limit or len(given) <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
+        for as_written in given:
+            mailbox = parse_address(as_written)
+            unique.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
+    count = len(unique) or len(given)
+    if 0 < limit < count:
+        raise Rejected(make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})"))
     replies, accepted = {}, []
-    for as_written, mailbox in unique_recipients(submission).items():
+    for as_written, mailbox in unique.values():
         reply = check_recipient(mailbox, settings, as_written)
         if not reply and not permits(request.rights.recipients, mailbox):
             reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
@@ -2717,7 +2713,7 @@ def check_message(request: Request, submission: Submission, settings: Settings) 
 # The checks of each stage, in the order in which faults are reported.
 CHECKS = {
     "head": (check_login, check_client, check_rate),  # before the body is read; there is no submission yet
-    "submission": (check_envelope, check_sender_fence, check_recipient_count),  # then check_recipients()
+    "submission": (check_envelope, check_sender_fence),  # then check_recipients()
     "message": (check_message, check_rate),  # if a recipient is left; a refused mail counts for nothing
 }
 
@@ -2727,15 +2723,6 @@ def apply_checks(checks: tuple, request: Request, submission: Submission | None,
     for check in checks:
         if reply := check(request, submission, settings):
             raise Rejected(reply)
-
-
-def unique_recipients(submission: Submission) -> dict:
-    """Return {recipient as written: its Mailbox, None if it is not an address}, in order, without duplicates."""
-    found: dict = {}
-    for as_written in submission.rcpt:
-        mailbox = parse_address(as_written)
-        found.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
-    return dict(found.values())
 
 
 def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
