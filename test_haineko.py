@@ -3007,7 +3007,8 @@ class Submissions(Quiet):
         for text, local, domain in cases:
             with self.subTest(text):
                 found = haineko.parse_address(text)
-                self.assertEqual((found.as_written, found.local, found.domain), (text, local, domain))
+                self.assertEqual((found.as_written, found.domain), (text, domain))
+                self.assertEqual(found.addr_spec, f"{local}@{domain}")
 
     def test_what_is_no_json(self):
         for body, words in (
