@@ -1862,9 +1862,6 @@ class Mailbox(NamedTuple):
     key: tuple  # equal for equal mailboxes: domains compare without case (RFC 5321 2.4)
 
 
-NULL_SENDER = Mailbox("", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
-
-
 @cache_short(4096, limit=MAX_PATH)
 def parse_address(text: str) -> Mailbox | None:
     """Return the mailbox that a bare address names, or None. The local part may be other than ASCII (RFC 6531)."""
@@ -1884,8 +1881,9 @@ def parse_address(text: str) -> Mailbox | None:
 def idna_hint(text: str) -> tuple:
     """Return a line that says why a text is no bare address, or ()."""
     if found := re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text):
-        hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
-        return (f"U+{ord(found[1]):04X} {hint}",)
+        return (
+            f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",
+        )
     with contextlib.suppress(ValueError, IndexError):
         meant = parse_mailboxes(text[:1000])[0][1].as_written
         return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant}"?',)
@@ -2043,6 +2041,7 @@ IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 85
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
+NULL_SENDER = Mailbox("", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
 parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
 parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
 parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
@@ -2352,8 +2351,7 @@ def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool
     for part in parts:
         header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
         blank_line = octets[part.start + sum(len(octets) for _, octets in part.header) : part.body]
-        between = octets[at : part.start].translate(None, dropped)
-        out += [between, *(octets for _, octets in header), blank_line, body]
+        out += [octets[at : part.start].translate(None, dropped), *(field for _, field in header), blank_line, body]
         at = part.end if part.is_leaf else part.body
     return b"".join([*out, octets[at:].translate(None, dropped)])
 
