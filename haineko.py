@@ -1894,11 +1894,8 @@ def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
     if type(value) is not str:
         errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return ""
-    if not value.isascii():
-        try:
-            value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
-        except UnicodeEncodeError as error:
-            errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
+    if not value.isascii() and (found := re.search("[\ud800-\udfff]", value)):
+        errors.append(f"{json_path}: has half a surrogate pair at character {found.start()}")
     return value
 
 
@@ -2143,9 +2140,9 @@ def field_name(key: str, any_name: bool) -> str:
     """Return the name of the field that a key means which is none of Header's own, "" if it means none."""
     if re.fullmatch(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?", key):
         return "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-    key_in_name = normalize_key(key)
-    is_open = any_name and re.fullmatch("[!-9;-~]{1,76}", key) and not RESERVED_FIELDS.fullmatch(key_in_name)
-    return FIELD_BY_KEY.get(key_in_name, key if is_open else "")
+    normalized = normalize_key(key)
+    is_open = any_name and re.fullmatch("[!-9;-~]{1,76}", key) and not RESERVED_FIELDS.fullmatch(normalized)
+    return FIELD_BY_KEY.get(normalized, key if is_open else "")
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
@@ -2175,10 +2172,9 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     """Return a media type with its parameters (RFC 2045 5.1), folded as it is written in a message."""
     value = parse_header_text(value, json_path, errors)
     found = MEDIA_TYPE.fullmatch(value) if len(value) <= MAX_MEDIA_TYPE else None
+    if value and not found:
+        errors.append(f'{json_path}: expected a media type like "application/pdf", got "{sanitize(value, 80)}"')
     if not found:
-        errors += [f'{json_path}: expected a media type like "application/pdf", got "{sanitize(value, 80)}"'] * bool(
-            value
-        )
         return ""
     name, parameters = found[1].lower(), MEDIA_PARAMETER.findall(found[2])
     if name.startswith(("multipart/", "message/")) and name != "message/rfc822":
