@@ -1621,21 +1621,14 @@ metrics = Metrics()
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
-TRACE_HEADERS = {
-    "x-request-id": re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}"),
-    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),  # W3C Trace Context
-}
-JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
-JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
-    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
-}  # fmt: skip
+# JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468).
+JIS_TABLES = {"(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)}}
 
 # Limits; a name or field over them is refused, and they are checked before the work.
 MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
 MAX_ADDRESSES = 2000  # of one field
-MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
 MAX_FILE_NAME = MAX_MEDIA_TYPE = 255  # characters
-MAX_ATTACHMENTS = MAX_FIELDS = MAX_PARAMETERS = 1000
+MAX_ATTACHMENTS = MAX_FIELDS = 1000
 MAX_HEADER = 102400  # octets of the header of a message or part
 MAX_PARTS, MAX_NESTING = 2000, 100
 
@@ -1645,16 +1638,13 @@ MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
     r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
 )
 PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
-# A name with commas or brackets without quotes, which people write, then one address.
-SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")  # a name, with commas or brackets or not, and one address
 ADDRESS_TOKEN = re.compile(
-    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r'(?s)(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
     r"|(?P<comment>\((?:[^()\\]|\\.|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\))*\))"  # in two others at most
-    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.+)",
-    re.DOTALL,
+    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.+)"
 )
 CFWS = ("blank", "comment")
-CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
 MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
 PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 DATE = re.compile(
@@ -1662,14 +1652,10 @@ DATE = re.compile(
     r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
 )
 RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
-FIELD_NAME = re.compile("[!-9;-~]{1,76}")  # RFC 5322 2.2
-X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
-# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
-CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")
+CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")  # of a link "cid:...", RFC 2392
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
 LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
@@ -1677,26 +1663,19 @@ RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
 PARAMETER_FIELDS = ("content-type", "content-disposition")
 MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
                   "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
-# Fields in which only comments may be encoded.
-STRUCTURED_FIELDS = re.compile(
+STRUCTURED_FIELDS = re.compile(  # in which only comments may be encoded
     r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
-    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
-    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+    r"|content-transfer-encoding|(?:dkim|domainkey)-signature|arc-.*|authentication-results|auto-submitted|list-(?!id$).*"
 )
-HIGH_OCTETS = bytes(range(128, 256))
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
-PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
 
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
-    """An HTTP request; its body is read after the checks of its head."""
-
     method: str
     path: str
     headers: dict  # by name in lower case
-    body: Any  # bytes or bytearray
+    body: Any  # bytes or bytearray; it is read after the checks of the head
     client: IPAddress | None  # None if no head was read
     peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
@@ -1716,28 +1695,20 @@ class Request:
 
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
-        fields = {"client": self.client and str(self.client), "login": self.login or None}
-        fields["reason"] = None if self.login else self.login_fault or None
-        fields["request_id"], fields["traceparent"] = self.trace_id("x-request-id"), self.trace_id("traceparent")
-        return fields
+        whose = {"client": self.client and str(self.client), "login": self.login or None}
+        ids = {"request_id": self.trace_id("x-request-id"), "traceparent": self.trace_id("traceparent")}
+        return {**whose, "reason": self.login_fault or None, **ids}
 
     def trace_id(self, header: str) -> str | None:
-        """Return the value of a header by which other programs know the request, None if it is absent or malformed."""
         value = self.headers.get(header)
-        return value if value and TRACE_HEADERS[header].fullmatch(value) else None
+        return value if value and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", value) else None
 
 
 class Mailbox(NamedTuple):
-    """A mailbox of RFC 5321 4.1.2, its domain in ASCII."""
-
     as_written: str
-    local: str
-    domain: str
+    domain: str  # in ASCII
     addr_spec: str  # local part, "@", domain
     key: tuple  # equal for equal mailboxes: domains compare without case (RFC 5321 2.4)
-
-
-NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
 
 
 @cache_short(4096, limit=MAX_PATH)
@@ -1746,46 +1717,34 @@ def parse_address(text: str) -> Mailbox | None:
     found = MAILBOX.fullmatch(text) if len(text) <= MAX_PATH else None
     if not found or not (text.isascii() or (text.isprintable() and len(text.encode()) <= MAX_PATH)):
         return None
-    local, domain = found.groups()
-    domain = domain if domain.isascii() else ascii_domain(domain)
-    mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    is_host = DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain))
+    local, domain = found[1], ascii_domain(found[2])
+    is_host: Any = DOMAIN.fullmatch(domain)
+    if domain[:1] == "[":  # an address literal, RFC 5321 4.1.3
+        with contextlib.suppress(ValueError):
+            is_v6 = domain[1:6].lower() == "ipv6:"
+            is_host = ipaddress.IPv6Address(domain[6:-1]) if is_v6 else ipaddress.IPv4Address(domain[1:-1])
+    mailbox = Mailbox(text, domain, f"{local}@{domain}", (local, domain.lower()))
     return mailbox if is_host and len(mailbox.addr_spec.encode()) <= MAX_PATH else None
-
-
-@cache_short(1024)
-def is_address_literal(text: str) -> bool:
-    """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
-    is_v6 = text[1:6].lower() == "ipv6:"
-    address = text[6:-1] if is_v6 else text[1:-1]
-    with contextlib.suppress(ValueError):  # ipaddress accepts any characters in a zone, CR and LF included
-        return "%" not in address and (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(address) is not None
-    return False
 
 
 def idna_hint(text: str) -> tuple:
     """Return a line that says why a text is no bare address, or ()."""
-    found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
-    if found:
-        hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
-        return (f"U+{ord(found[1]):04X} {hint}",)
-    with contextlib.suppress(ValueError):
-        meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
-        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
+    if found := re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text):
+        return (
+            f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",
+        )
+    with contextlib.suppress(ValueError, IndexError):
+        meant = parse_mailboxes(text[:1000])[0][1].as_written
+        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant}"?',)
     return ()
 
 
 def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
-    """Return a string; any Unicode characters are allowed."""
     if type(value) is not str:
         errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return ""
-    if value.isascii():
-        return value
-    try:
-        value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
-    except UnicodeEncodeError as error:
-        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
+    if not value.isascii() and (found := re.search("[\ud800-\udfff]", value)):
+        errors.append(f"{json_path}: has half a surrogate pair at character {found.start()}")
     return value
 
 
@@ -1810,15 +1769,11 @@ def parse_recipient_field(value: Any, json_path: str, errors: list, allow_group:
     except ValueError as error:
         reason = "" if value.strip() in str(error) else f" ({error})"
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
-    errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
+    errors.append("; ".join([text, *idna_hint(value)]))
     return ()
 
 
-parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
-
-
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
-    """Return the same of a list of such strings, or of one."""
     if type(value) is list and len(value) > MAX_ADDRESSES:
         errors.append(f"{json_path}: {len(value)} addresses exceed the limit of {MAX_ADDRESSES}")
         return ()
@@ -1828,13 +1783,10 @@ def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
 @cache_short(512)
 def parse_mailboxes(text: str) -> tuple:
     """Return ((display name, Mailbox), ...) of an address list (RFC 5322 3.4 and 4.4); ValueError if it is none.
-
-    Groups are dissolved, an empty one has no mailboxes. ";" separates as "," does, since many people write it.
-    email.utils.getaddresses() is not used: its strictness differs between versions of Python.
-    """
+    Groups are dissolved; ";" separates as "," does. email.utils.getaddresses() differs between versions of Python."""
     simple = SIMPLE_MAILBOX.fullmatch(text)
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
-        return ((simple[1].strip(), _parse_spec(simple[2])),)
+        return tuple(_mailbox([("atom", simple[1]), ("angle", f"<{simple[2]}>")]))
     found, tokens, in_group = [], [], False
     for match in ADDRESS_TOKEN.finditer(text):
         kind, token = match.lastgroup, match[0]
@@ -1857,29 +1809,24 @@ def parse_mailboxes(text: str) -> tuple:
 def _mailbox(tokens: list) -> list:
     """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
     comments = " ".join(token[1:-1].strip() for kind, token in tokens if kind == "comment")
-    words = [(kind, " " if kind == "comment" else token) for kind, token in tokens]
+    words = [" " if kind == "comment" else token for kind, token in tokens if kind != "angle"]
     kinds = [kind for kind, _ in tokens if kind not in CFWS]
     if "angle" not in kinds:
-        spec = "".join(word for _, word in words).strip()
-        return [(comments, _parse_spec(spec))] if spec else []
-    if kinds.index("angle") != len(kinds) - 1:
+        name, spec = comments, "".join(words).strip()
+    elif kinds.index("angle") < len(kinds) - 1:
         raise ValueError("text after an address")
-    angle = next(word for kind, word in words if kind == "angle")
-    name = "".join(unquote(word) for kind, word in words if kind != "angle").strip()
-    name = f"{name} ({comments})" if name and comments else name or comments
-    return [(name, _parse_spec(angle[1:-1]))]
+    else:
+        name, spec = "".join(map(unquote, words)).strip(), dict(tokens)["angle"][1:-1]
+        name = f"{name} ({comments})" if name and comments else name or comments
+    mailbox = parse_address(spec.strip())
+    if kinds and not mailbox:
+        raise ValueError(f'"{sanitize(spec, 80)}" is no address')
+    return [(name, mailbox)] if mailbox else []
 
 
 def unquote(word: str) -> str:
     """Return what a quoted string says (RFC 5322 3.2.4), any other word as it is."""
     return re.sub(r'\\(.)|"', r"\1", word) if word[:1] == '"' else word
-
-
-def _parse_spec(text: str) -> Mailbox:
-    mailbox = parse_address(text.strip())
-    if not mailbox:
-        raise ValueError(f'"{sanitize(text, 80)}" is no address')
-    return mailbox
 
 
 def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
@@ -1895,39 +1842,15 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
 @cache_short(64, limit=40)
 def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
-    try:
-        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "") if CHARSET_NAME.fullmatch(name) else ""
-    except (LookupError, ValueError):
-        return ""
+    with contextlib.suppress(LookupError, ValueError):
+        if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name):
+            return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+    return ""
 
 
 def codec_name(charset: str) -> str:
     """Return Python's name of a charset; Python does not know all of IANA's names."""
     return CODECS.get(charset.lower(), charset.lower())
-
-
-# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
-IANA_NAMES = {
-    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
-    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
-    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
-    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
-    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
-    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
-}  # fmt: skip
-IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
-IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
-IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
-CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-
-# IANA's name of a charset.
-parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
-parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
-parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
-parse_message_ids = list_of(
-    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
-    lambda texts: " ".join(" ".join(texts).split()),
-)
 
 
 def one_of_words(*words: str) -> Callable:
@@ -1945,15 +1868,42 @@ def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
     return None
 
 
+def normalize_key(key: str) -> str:
+    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
+    return key.lower().replace("-", "").replace("_", "")
+
+
+# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
+IANA_NAMES = {
+    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
+    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
+    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
+}  # fmt: skip
+IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
+IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
+IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
+CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
+
+NULL_SENDER = Mailbox("", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
+parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
+parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
+parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
+parse_texts = list_of(parse_header_text, list)
+parse_message_ids = list_of(
+    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
+    lambda texts: " ".join(" ".join(texts).split()),
+)
+parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
 # Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
-    "In-Reply-To": parse_message_ids,
-    "References": parse_message_ids,
+    **dict.fromkeys(("In-Reply-To", "References"), parse_message_ids),
     "Date": matching(
-        lambda text: DATE.fullmatch(text) and parsedate_to_datetime(text),
-        f'a date like "{formatdate(0)}"',
-        optional=True,
+        lambda day: DATE.fullmatch(day) and parsedate_to_datetime(day), f'a date like "{formatdate(0)}"', optional=True
     ),
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
     "Importance": one_of_words("high", "normal", "low"),  # RFC 4021 2.1.44
@@ -1964,30 +1914,6 @@ EXTRA_FIELDS = {
     **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
     **dict.fromkeys(("List-Subscribe", "List-Unsubscribe", "List-Unsubscribe-Post"), parse_ascii_text),  # RFC 8058
 }
-
-
-def normalize_key(key: str) -> str:
-    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
-    return key.lower().replace("-", "").replace("_", "")
-
-
-FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
-# What other programs call the keys, and keys that belong to another level.
-TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
-TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
-TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
-TOP_KEYS.update(sendat="send_at", dryrun="dry_run", trace="trace")
-TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
-KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
-TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
-ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
-ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
-
-
-def hint_of(table: dict, key: str, known: Any) -> str:
-    """Return what an unknown key may mean, by the table of keys of other programs and levels or by its spelling."""
-    meant = table.get(normalize_key(key))
-    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2003,28 +1929,54 @@ class Header:
     extra_fields: tuple = ()  # ((name, value), ...)
 
 
+FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
+OTHER_NAMES = {  # of the keys outside of header, in other programs
+    "body": "text textbody plain content message", "rcpt": "recipient recipients mailto rcptto", "html": "htmlbody",
+    "mail": "sender mailfrom", "attachments": "files attachment", "send_at": "sendat", "dry_run": "dryrun",
+    "ehlo": "", "helo": "", "recv": "", "raw": "", "async": "", "trace": "",
+}  # fmt: skip
+KEYS_BY_NAME = {name: key for key, names in OTHER_NAMES.items() for name in (key, *names.split())}
+HEADER_HINTS = {name: f"{key}, outside of header" for name, key in KEYS_BY_NAME.items()}
+SUBMISSION_HINTS = {
+    **{normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))},
+    **KEYS_BY_NAME, "contenttype": "html or attachments[].type", "mimetype": "attachments[].type",
+}  # fmt: skip
+ATTACHMENT_HINTS = {"data": '"content"', "contentid": '"cid"', "disposition": '"inline"',
+                    **dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')}  # fmt: skip
+
+
+def hint_of(hints: dict, key: str, known: Any) -> str:
+    """Return what an unknown key may mean, by a table of names that are keys elsewhere or by its spelling."""
+    meant = hints.get(normalize_key(key))
+    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
+
+
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
-    """Return a Header; its keys may be spelled in any way."""
-    own, any_name = key_table(Header), isinstance(value, OpenHeader)
+    own = key_table(Header)
     if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
+    errors += [f"{json_path}.{sanitize(key)}: duplicate key" for key in twice]
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
-        name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
-        if seen.setdefault(name, key) != key:
-            errors.append(f"{item_path}: means the same as {sanitize(seen[name])}, which is set already")
-        elif name in rows:
-            attribute, parse = rows[name]
+        normalized, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
+        if seen.setdefault(normalized, key) != key:
+            errors.append(f"{item_path}: means the same as {sanitize(seen[normalized])}, which is set already")
+        elif normalized in rows:
+            attribute, parse = rows[normalized]
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
+        elif name := field_name(key, isinstance(value, OpenHeader)):
+            found = EXTRA_FIELDS.get(name, parse_texts)(item, item_path, errors) if item is not None else []
+            extra += [(name, text) for text in (found if type(found) is list else [found]) if text]
+        elif RESERVED_FIELDS.fullmatch(normalized):
+            errors.append(f"{item_path}: Haineko makes this field itself")
         else:
-            extra += extra_field(key, item, item_path, errors, any_name)
-    size = sum(len(item) for _, item in extra)
-    if len(extra) > MAX_FIELDS or size > MAX_HEADER:
+            known = [*own, *map(str.lower, EXTRA_FIELDS)] if len(errors) < MAX_HINTS else []
+            errors.append(f"{item_path}: unknown key{hint_of(HEADER_HINTS, key, known)}")
+    if len(extra) > MAX_FIELDS or sum(len(text) for _, text in extra) > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
@@ -2033,25 +1985,13 @@ class OpenHeader(dict):
     """A header in which any field may be set that Haineko does not make itself."""
 
 
-def extra_field(key: str, value: Any, json_path: str, errors: list, any_name: bool = False) -> list:
-    """Return [(name, value), ...] of a key that is not one of Header's own."""
-    name = FIELD_BY_KEY.get(normalize_key(key))
-    if not name and X_FIELD.fullmatch(key):
-        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-    if not name and any_name and FIELD_NAME.fullmatch(key) and not RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        name = key
-    if not name:
-        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
-        is_reserved = RESERVED_FIELDS.fullmatch(normalize_key(key))
-        errors.append(f"{json_path}: {'Haineko makes this field itself' if is_reserved else fault}")
-    if not name or value is None:
-        return []
-    if name in EXTRA_FIELDS:
-        items = (EXTRA_FIELDS[name](value, json_path, errors),)
-    else:
-        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
-    return [(name, item) for item in items if item]
+def field_name(key: str, any_name: bool) -> str:
+    """Return the name of the field that a key means which is none of Header's own, "" if it means none."""
+    if re.fullmatch(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?", key):
+        return "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+    normalized = normalize_key(key)
+    is_open = any_name and re.fullmatch("[!-9;-~]{1,76}", key) and not RESERVED_FIELDS.fullmatch(normalized)
+    return FIELD_BY_KEY.get(normalized, key if is_open else "")
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
@@ -2067,9 +2007,8 @@ def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
 
 
 def parse_file_name(value: Any, json_path: str, errors: list) -> str:
-    """Return a file name without a path or invisible characters."""
     value = parse_unicode_text(value, json_path, errors).strip()
-    if CONTROL_OR_BIDI.search(value):
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", value):  # one can make fdp.exe look like exe.pdf
         errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
         errors.append(f'{json_path}: expected a name without a path, got "{sanitize(value, 80)}"')
@@ -2092,10 +2031,6 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
-parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Attachment:
     filename: str = config_field("", parse_file_name, "its name; absent: none")
@@ -2106,12 +2041,11 @@ class Attachment:
 
 
 def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
-    """Return Attachments, from a list of objects or from one."""
     if type(value) is list and len(value) > MAX_ATTACHMENTS:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS))
+    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_HINTS))
     attachments = list_of(parse)(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
@@ -2126,9 +2060,7 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
 
 
 class ParsedMessage(NamedTuple):
-    """A finished message with LF as line end."""
-
-    fields: list  # of (name in lower case, octets of the field)
+    fields: list  # of (name in lower case, octets of the field); lines end with LF
     body: bytes
 
 
@@ -2159,9 +2091,16 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
     found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
     parts: list = []
-    for part in mime_parts(octets, max_fields=MAX_FIELDS):
+    for part in mime_parts(octets):
         parts.append(part)
-        check_limits(part, len(parts))
+        for what, count, limit in (
+            ("parts", len(parts), MAX_PARTS),
+            ("levels of parts", part.depth, MAX_NESTING),
+            ("fields in a header", len(part.header), MAX_FIELDS),
+            ("octets of a header", part.body - part.start, MAX_HEADER),
+        ):
+            if count > limit:
+                raise ValueError(f"{count} {what} exceed the limit of {limit}")
     if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
         octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
@@ -2171,23 +2110,24 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
         line = sanitize(octets[end : end + 80].partition(b"\n")[0].decode("utf-8", "replace"))
         number = octets.count(b"\n", 0, end) + 1
         raise ValueError(f'line {number} is neither a header field nor the empty line behind them: "{line}"')
-    return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
+    return ParsedMessage([_clean_field(*item) for item in header], octets[body:].replace(b"\r", b"\n"))
 
 
-def _clean_field(item: tuple) -> tuple:
+def _clean_field(name: str, octets: bytes) -> tuple:
     """Return (name, octets) without blanks before the colon (RFC 5322 4.5) and in lines of at most 998 octets."""
-    name, octets = item
     label, _, value = octets.partition(b":")
-    shown = f"header {sanitize(label.decode().strip())}"
-    if b"\r" in octets or b"\0" in octets:
-        raise ValueError(f"{shown}: has a CR or NUL")
     octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
-    if LONG_LINE.search(octets):
-        raise ValueError(f"{shown}: has a line longer than 998 octets")
-    if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
-        text = octets.decode("latin-1")
-        if not re.sub(r"\([^()]*\)", "", text).isascii() and not is_utf8(octets):
-            raise ValueError(f"{shown}: has octets that are neither ASCII nor UTF-8")
+    fault = ""
+    if b"\r" in value or b"\0" in value:
+        fault = "has a CR or NUL"
+    elif LONG_LINE.search(octets):
+        fault = "has a line longer than 998 octets"
+    elif (
+        not is_utf8(octets) and STRUCTURED_FIELDS.fullmatch(name) and not re.sub(rb"\([^()]*\)", b"", octets).isascii()
+    ):
+        fault = "has octets that are neither ASCII nor UTF-8"
+    if fault:
+        raise ValueError(f"header {sanitize(label.decode().strip())}: {fault}")
     return name, octets
 
 
@@ -2202,100 +2142,61 @@ def is_utf8(octets: bytes) -> bool:
     return False
 
 
-@dataclass(eq=False)
 class MIMEPart:
     """A part of a message: its header, and where it stands. A multipart or message within is a part of its own."""
 
-    header: list  # of (name in lower case, octets of the field)
-    start: int
-    body: int
-    end: int
-    depth: int
-    is_leaf: bool = True
-
-    def value(self, name: str) -> str:
-        """Return the value of a field on one line, "" if there is none."""
-        octets = next((octets for key, octets in self.header if key == name), b"")
-        return " ".join(octets.partition(b":")[2].decode("ascii", "replace").split())
+    def __init__(self, octets: bytes, start: int, end: int, depth: int) -> None:
+        self.header, self.body = read_header(octets, start, end)
+        self.start, self.end, self.depth, self.is_leaf = start, end, depth, True
+        values = {name: unfold(field) for name, field in reversed(self.header) if name.startswith("content-t")}
+        self.content_type = values.get("content-type", "")
+        self.media_type = self.content_type.partition(";")[0].strip().lower() or "text/plain"
+        self.is_text = self.media_type.startswith("text/")
+        self.encoding = values.get("content-transfer-encoding", "").partition("(")[0].strip().lower()
 
     def parameter(self, name: str) -> str:
-        """Return a parameter of Content-Type."""
-        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
+        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.content_type, re.IGNORECASE)
         return unquote(found[1]) if found else ""
 
-    @property
-    def media_type(self) -> str:
-        return self.value("content-type").partition(";")[0].strip().lower()
 
-    @property
-    def is_text(self) -> bool:
-        return self.is_leaf and (self.media_type.startswith("text/") or not self.media_type)
-
-    @property
-    def encoding(self) -> str:
-        return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
-
-
-def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0, max_fields: int = sys.maxsize) -> Any:
-    """Yield the parts of a message (RFC 2046 5.1), each before those within it; a header ends after `max_fields`."""
-    end = len(octets) if end < 0 else end
-    header, body = read_header(octets, start, end, max_fields)
-    part, inner = MIMEPart(header, start, body, end, depth), []
+def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0) -> Any:
+    """Yield the parts of a message (RFC 2046 5.1), each before those within it. A multipart without parts is a leaf."""
+    part, inner = MIMEPart(octets, start, len(octets) if end < 0 else end, depth), []
     if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
-        inner = [(body, end)]
-    elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
-        inner = _split_multipart(octets, part, part.parameter("boundary").encode("ascii", "replace"))
+        inner = [(part.body, part.end)]
+    elif part.media_type.startswith("multipart/") and (boundary := part.parameter("boundary").encode()):
+        delimiter, start = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)"), 0
+        for found in delimiter.finditer(octets, part.body - 1, part.end):
+            end = found.start() - octets.endswith(b"\r", start, found.start())
+            inner += [(start, max(start, end))] if start else []
+            start = min(found.end() + 1, part.end)
+            if found[1]:
+                break
+        else:  # the last delimiter is missing
+            inner += [(start, part.end)] if start else []
     part.is_leaf = not inner
     yield part
     for start, end in inner:
-        yield from mime_parts(octets, start, end, depth + 1, max_fields)
+        yield from mime_parts(octets, start, end, depth + 1)
 
 
-def _split_multipart(octets: bytes, part: MIMEPart, boundary: bytes) -> list:
-    """Return [(start, end), ...] of the parts of a multipart; one without parts is a leaf."""
-    spans, start = [], 0
-    delimiter = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
-    for found in delimiter.finditer(octets, part.body - 1, part.end):
-        end = found.start() - octets.endswith(b"\r", start, found.start())
-        spans += [(start, max(start, end))] if start else []
-        start = min(found.end() + 1, part.end)
-        if found[1]:
-            return spans
-    return [*spans, (start, part.end)] if start else []
-
-
-def read_header(octets: bytes, start: int, end: int, max_fields: int = sys.maxsize) -> tuple:
+def read_header(octets: bytes, start: int, end: int) -> tuple:
     """Return ([(name in lower case, octets of the field), ...], start of the body)."""
     header, at = [], start
-    while len(header) <= max_fields and (found := RAW_FIELD.match(octets, at, end)):
+    while len(header) < MAX_FIELDS + 100 and (found := RAW_FIELD.match(octets, at, end)):  # 100: compose() adds some
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
     return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
 
 
-def check_limits(part: MIMEPart, number: int) -> None:
-    """Raise ValueError if the message exceeds a limit with this part."""
-    parameters = [octets.count(b";") for name, octets in part.header if name in PARAMETER_FIELDS]
-    for what, count, limit in (
-        ("parts", number, MAX_PARTS),
-        ("levels of parts", part.depth, MAX_NESTING),
-        ("fields in a header", len(part.header), MAX_FIELDS),
-        ("octets of a header", part.body - part.start, MAX_HEADER),
-        ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
-    ):
-        if count > limit:
-            raise ValueError(f"{count} {what} exceed the limit of {limit}")
-
-
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
-    dropped = b"" if keep_8bit else HIGH_OCTETS  # from delimiters, and from text between parts that nobody reads
+    dropped = b"" if keep_8bit else bytes(range(128, 256))  # of delimiters, and of text between parts that nobody reads
     out, at = [], 0
     for part in parts:
         header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
         blank_line = octets[part.start + sum(len(octets) for _, octets in part.header) : part.body]
-        between = octets[at : part.start].translate(None, dropped)
-        out += [between, *(octets for _, octets in header), blank_line, body]
+        out += [octets[at : part.start].translate(None, dropped), *(field for _, field in header), blank_line, body]
         at = part.end if part.is_leaf else part.body
     return b"".join([*out, octets[at:].translate(None, dropped)])
 
@@ -2321,8 +2222,8 @@ def base64_lines(octets: bytes) -> bytes:
     blocks: list = []
     for at in range(0, len(octets), 57 * 4096):  # 57 octets make a line
         coded = binascii.b2a_base64(octets[at : at + 57 * 4096], newline=False)
-        blocks.append(b"\r\n".join(BASE64_LINE.findall(coded)))
-    return b"\r\n".join([*blocks, b""])
+        blocks += [b"\r\n".join(re.findall(rb"(?s).{1,76}", coded)), b"\r\n"]  # (?s): without a look at each octet
+    return b"".join(blocks)
 
 
 def unfold(octets: bytes) -> str:
@@ -2331,24 +2232,14 @@ def unfold(octets: bytes) -> str:
 
 
 def header_recipients(header: list) -> list:
-    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
-    for addresses, and the reply names it as an invalid recipient."""
+    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself, to be refused."""
     found: list = []
-    for key, value in header:
-        if key in ("to", "cc", "bcc"):
-            text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
-            try:
-                found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
-            except ValueError:
-                found.append(text)
+    for text in [unfold(octets) for name, octets in header if name in ("to", "cc", "bcc")]:
+        try:
+            found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
+        except ValueError:
+            found.append(text)
     return found
-
-
-def loop_names(header: list) -> tuple:
-    """Return the names of the Hainekos that a finished message has passed."""
-    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in header if key == "x-haineko-loop"]
-    names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
-    return tuple(name for name in names if DOMAIN.fullmatch(name))
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2373,113 +2264,77 @@ class Submission:
 
 
 class SubmissionResult(NamedTuple):
-    """What a request's body holds: a Submission, or None and every error."""
-
-    submission: Submission | None
+    submission: Submission | None  # None if there are errors
     errors: list
     is_json: bool = True  # False: the one error is that of the JSON decoder
 
 
 def parse_submission(body: Any) -> SubmissionResult:
-    """Parse the body of a request."""
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
-        raw = parse_json(body)
+        document = parse_json(body)
     except ValueError as error:
-        return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
+        start = bytes(body[:500]).strip()
+        hint = "" if start else "; the body is empty"
+        if re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start.startswith(b"--") and b"form-data" in start):
+            hint = "; it looks like form data: send JSON"
+        return SubmissionResult(None, [sanitize(str(error)) + hint], is_json=False)
+    # Only keys and values have plain quotes in JSON.
+    charset = re.search(rb'(?i)"char[-_]?set"\s*:\s*"([^"\\]*)"', body) if b"\\u001" in body else None
     try:
-        if b"\\u001" in body and is_in_jis(raw):
-            decode_jis_strings(raw)
+        if charset and iana_charset(charset[1].decode("latin-1")) == "ISO-2022-JP":
+            decode_jis_strings(document)
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
-    return parse_document(raw)
+    return parse_document(document)
 
 
-def parse_document(raw: Any) -> SubmissionResult:
-    """Parse a submission that is decoded JSON."""
+def parse_document(document: Any) -> SubmissionResult:
     errors: list = []
-    submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
+    submission = from_dict(Submission, document, "", errors, functools.partial(hint_of, SUBMISSION_HINTS))
+    header, raw = submission.header, submission.raw
     if submission.html and not any(error.startswith("attachments") for error in errors):
-        check_content_ids(submission, errors)
-    if submission.rcpt is None or submission.header.bcc or submission.raw:
-        submission = add_header_recipients(submission, raw, errors)
+        links = content_id_links(submission.html)
+        cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
+        unknown = sorted(links - cids.keys())[:MAX_HINTS]
+        errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
+        errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+    if raw:
+        both = [key for key in ("header", "body", "html", "attachments") if document.get(key) is not None]
+        errors += [f"{key}: can't stand beside raw" for key in both]
+        passed = ",".join(unfold(octets) for name, octets in raw.fields if name == "x-haineko-loop").split(",")
+        submission.header = header = Header(
+            loop=tuple(name for name in map(str.strip, passed) if DOMAIN.fullmatch(name))
+        )
+    if submission.rcpt is None:
+        named = [mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written]
+        submission.rcpt = tuple(header_recipients(raw.fields) if raw else named)
+    submission.rcpt += tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
     return SubmissionResult(None if errors else submission, errors)
 
 
-SUBMISSION_KEYS = {normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))}
-SUBMISSION_KEYS.update(TOP_KEYS)
-
-
-def form_data_hint(start: bytes) -> str:
-    """Return what to say of a body that is empty or the data of an HTML form."""
-    if not start.strip():
-        return "; the body is empty"
-    is_form = re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start[:2] == b"--" and b"form-data" in start)
-    return "; it looks like form data: send JSON" if is_form else ""
-
-
-def check_content_ids(submission: Submission, errors: list) -> None:
-    """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
-    links = content_id_links(submission.html)
-    cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
-    unknown = sorted(links - cids.keys())[:MAX_HINTS]
-    errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
-    errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
-
-
 def content_id_links(html: str) -> set:
-    """Return the names in links "cid:..."."""
     return {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html)}
 
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    if not isinstance(work, (bytes, bytearray, Submission)):  # of a provider's client, perhaps one of many
-        return True
-    if not isinstance(work, Submission):
-        if len(work) <= 2048:
-            return False
+    if isinstance(work, (bytes, bytearray)):
         per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
-        return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
-    header, raw = work.header, work.raw
-    if raw:
-        per_octet = 0.01 if raw.body.isascii() else 0.3
-        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--") > 5000
-    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)  # microseconds, from above
+        return len(work) > 2048 and per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
+    if not isinstance(work, Submission):  # of a provider's client, perhaps one of many
+        return True
+    header, raw = work.header, work.raw or ParsedMessage([], b"")
+    cost = (0.01 if raw.body.isascii() else 0.3) * len(raw.body)  # microseconds, from above
+    cost += 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
+    cost += (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)
     cost += (0.1 if work.body else 0.5) * len(work.html)
     cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
-    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value in header.extra_fields))
-    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc) > 5000
-
-
-def provider_header_names(submission: Submission) -> tuple:
-    """Return the names of the fields that cloud relays take for commands."""
-    listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
-    return tuple(dict.fromkeys(name for name, _ in listed if PROVIDER_HEADER.fullmatch(name)))
-
-
-def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
-    """Add the recipients that only the header names, and the loop field of a finished message."""
-    header, rcpt = submission.header, submission.rcpt
-    if submission.raw:
-        both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
-        errors.extend(f"{key}: can't stand beside raw" for key in both)
-        header = Header(loop=loop_names(submission.raw.fields))
-        rcpt = tuple(header_recipients(submission.raw.fields)) if rcpt is None else rcpt
-    shown = header.to + header.cc if rcpt is None else ()
-    named = (mailbox.as_written for _, mailbox in shown + header.bcc if mailbox.as_written)
-    return replace(submission, header=header, rcpt=(*(rcpt or ()), *named))
-
-
-def is_in_jis(raw: Any) -> bool:
-    """Return whether a submission asks for ISO-2022-JP."""
-    header = raw.get("header") if isinstance(raw, dict) else None
-    items = header.items() if isinstance(header, dict) else ()
-    charset = next((value for key, value in items if normalize_key(key) == "charset"), None)
-    return type(charset) is str and iana_charset(charset) == "ISO-2022-JP"
+    cost += 0.6 * len(header.subject) + sum(5 + 0.6 * len(value) for _, value in header.extra_fields)
+    return cost + 15 * len(header.to + header.cc) > 5000
 
 
 def decode_jis_strings(table: Any, json_path: str = "") -> None:
@@ -2496,31 +2351,31 @@ def decode_jis_strings(table: Any, json_path: str = "") -> None:
 
 
 def jis_to_text(text: str) -> str:
-    """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
+    """Decode the ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
-    text = JIS_SEGMENT.sub(_decode_segment, text)
+
+    def decode(found: re.Match) -> str:
+        escape, segment = found.groups()
+        is_wide, table = escape[0] == "$", JIS_TABLES.get(escape, {})
+        return jis_bytes_to_text(segment.encode()) if is_wide else segment.translate(table)
+
+    text = re.sub(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)", decode, text)
     if re.search(r"\x1b[$(]", text):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
     return text
 
 
-def _decode_segment(found: re.Match) -> str:
-    escape, segment = found.groups()
-    return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
-
-
 def jis_bytes_to_text(octets: bytes) -> str:
     """Decode JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError if it is not that."""
-    shifted = bytearray()
-    for high, low in zip(octets[::2], octets[1::2]):
-        if not (0x21 <= high <= 0x7E and 0x21 <= low <= 0x7E):
-            raise ValueError("claims to be ISO-2022-JP and isn't")
-        lead = (high + 1) // 2 + (0x70 if high < 0x5F else 0xB0)
-        trail = low + (0x1F if low < 0x60 else 0x20) if high % 2 else low + 0x7E
-        shifted += bytes((lead, trail))
+    if not re.fullmatch(rb"[!-~]*", octets):
+        raise ValueError("claims to be ISO-2022-JP and isn't")
     if len(octets) % 2:
         raise ValueError("claims to be ISO-2022-JP and ends within a character")
+    shifted = bytearray()
+    for row, cell in zip(octets[::2], octets[1::2]):
+        lead, trail = divmod((row - 0x21) * 94 + cell - 0x21, 188)  # code page 932 has two rows for each lead octet
+        shifted += bytes((lead + (0x81 if lead < 31 else 0xC1), trail + (0x40 if trail < 63 else 0x41)))
     try:
         return shifted.decode("cp932")
     except UnicodeDecodeError:
@@ -2529,14 +2384,12 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses the submission, {recipient:
-#    Reply} for these recipients only, or None. check_login() sets request.login and rates are counted; otherwise checks
-#    have no side effects. CHECKS has them in the order in which faults are reported.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses the submission, or None.
+#    check_login() sets request.login and rates are counted; otherwise checks have no side effects.
 # ======================================================================================================================
 
 WRONG_LOGINS = Rate("10/60")
 SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
-POSTMARK_PATHS = ("/email", "/email/batch")
 MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
@@ -2548,13 +2401,13 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     credentials = credentials_of(request)
     name = settings.password.authenticate(credentials)
     login = settings.password.logins.get(name, request.rights)
-    request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
+    fault = login.fault(request.client, request.now)
     if name and not fault:
         request.login, request.rights = name, login
         if login.sandbox:  # all mail is discarded
             request.settings = replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
         return None
-    request.login_fault = request.login_fault or "no such name, password or key"
+    request.login_fault = f"{name}: {fault}" if fault else "no such name, password or key"
     source = int(request.client) >> (64 if request.client.version == 6 else 0)
     state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
     if state and state.wait:
@@ -2566,9 +2419,7 @@ def credentials_of(request: Request) -> str:
     """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
     token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
-    if not credentials and not request.path.startswith(
-        ("/v3/", "/emails")
-    ):  # those clients send header fields of mails
+    if not credentials and not request.path.startswith(("/v3/", "/emails")):  # there, it may be a mail's header field
         token = request.headers.get("x-postmark-server-token", "")
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
 
@@ -2593,17 +2444,17 @@ def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply 
 
 def is_postmark_test(request: Request) -> bool:
     """Return whether a request is to be checked only; it needs no login, but an address in relayhosts."""
-    test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
-    return test and request.path in POSTMARK_PATHS
+    is_test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
+    return is_test and request.path in ("/email", "/email/batch")
 
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
     if (settings.password.logins and not is_postmark_test(request)) or settings.relayhosts.open_relay:
         return None
-    if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = proxied_client_error(request, settings)
+    if request.client not in settings.relayhosts.relayhosts:
+        reason = f"{request.client} is not in relayhosts.relayhosts"
     return make_reply("client", reason) if reason else None
 
 
@@ -2617,64 +2468,41 @@ def proxied_client_error(request: Request, settings: Settings) -> str:
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
-def check_send_at(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if (submission.send_at or 0) <= request.now + MAX_SEND_AHEAD:
-        return None
-    return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
-
-
-def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
-    names = submission.header.loop
-    looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
-    return make_reply("loop") if looped else None
-
-
-def check_trace(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    """Require a login with the right to see SMTP dialogues, or a program on this machine."""
-    local = request.client in LOOPBACK and not request.forwarded
-    if not submission.trace or local or request.rights.trace:
-        return None
-    return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
-
-
-def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    name = submission.ehlo
-    if name is None or DOMAIN.fullmatch(name):
-        return None
-    literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_address_literal(name)
-    return None if literal else make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
-
-
-def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if not submission.mail:
-        missing = make_reply("mail-empty", "mail (the envelope sender) is required")
-        return missing if request.peer else None  # the command sendmail may send from <>
-    if parse_address(submission.mail):
-        return None
-    return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
+def check_envelope(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Refuse a submission that asks for what it may not, that went in a loop, or whose EHLO or MAIL is no command."""
+    names, ehlo, sender = submission.header.loop, submission.ehlo, submission.mail
+    if (submission.send_at or 0) > request.now + MAX_SEND_AHEAD:
+        return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
+    is_local = request.client in LOOPBACK and not request.forwarded
+    if submission.trace and not (is_local or request.rights.trace):
+        return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
+    if len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names):
+        return make_reply("loop")
+    if ehlo is not None and not DOMAIN.fullmatch(ehlo) and not (ehlo[:1] == "[" and parse_address(f"x@{ehlo}")):
+        return make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
+    if not sender and request.peer:  # the command sendmail, which has no peer, may send from <>
+        return make_reply("mail-empty", "mail (the envelope sender) is required")
+    if sender and not parse_address(sender):
+        return make_reply("mail-form", *idna_hint(sender) or ('expected a bare address like "user@example.org"',))
+    return None
 
 
 def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     """Require that the envelope sender and every author of the message are permitted to the login."""
-    fence = request.rights.senders
-    authors = () if fence is None else [parse_address(submission.mail), *message_authors(submission)]
-    for mailbox in authors:
-        if not permits(fence, mailbox):
-            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
-            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
-    return None
-
-
-def message_authors(submission: Submission) -> list:
-    """Return the Mailboxes in From and Sender, None for a field that can't be parsed."""
-    found = [mailbox for _, mailbox in submission.header.from_]
+    if request.rights.senders is None:
+        return None
+    authors = [parse_address(submission.mail), *(mailbox for _, mailbox in submission.header.from_)]
     for name, octets in submission.raw.fields if submission.raw else ():
         if name in ("from", "sender", "resent-from", "resent-sender"):
             try:
-                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
+                authors += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
             except ValueError:
-                found.append(None)
-    return found
+                authors.append(None)
+    for mailbox in authors:
+        if not permits(request.rights.senders, mailbox):
+            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
+            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
+    return None
 
 
 def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
@@ -2684,95 +2512,53 @@ def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
     return mailbox.addr_spec.lower() in fence or not fence.isdisjoint(lookup_keys(mailbox.domain.lower()))
 
 
-def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if not submission.rcpt or submission.rcpt == ("",):
-        return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
-    limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
-    if not limit or count <= limit:
-        return None
-    if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
-        count = len(unique_recipients(submission))
-    if count <= limit:
-        return None
-    return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
-
-
-def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
-    """Return {recipient as written: the Reply that refuses it}."""
-    refused = {}
-    for as_written, mailbox in unique_recipients(submission).items():
+def check_recipients(request: Request, submission: Submission, settings: Settings) -> tuple:
+    """Return ({recipient as written: the Reply that refuses it, or None}, Mailboxes of those not refused), each once;
+    raise Rejected if there are none or too many."""
+    given, limit, unique = submission.rcpt, settings.smtpd.max_rcpts_per_message, {}
+    if not given or given == ("",):
+        raise Rejected(make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc"))
+    if not limit or len(given) <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
+        for as_written in given:
+            mailbox = parse_address(as_written)
+            unique.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
+    count = len(unique) or len(given)
+    if 0 < limit < count:
+        raise Rejected(make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})"))
+    replies, accepted = {}, []
+    for as_written, mailbox in unique.values():
         reply = check_recipient(mailbox, settings, as_written)
         if not reply and not permits(request.rights.recipients, mailbox):
             reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
-        if reply:
-            refused[as_written] = reply
-    return refused
+        replies[as_written] = reply
+        accepted += [] if reply else [mailbox]
+    return replies, accepted
 
 
-def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    raw = submission.raw
-    if submission.body or submission.html or (raw and raw.fields):
-        return None
-    return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
+def check_message(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    raw, limit, size = submission.raw, settings.smtpd.max_message_size, request.message_size
+    if not (submission.body or submission.html or (raw and raw.fields)):
+        return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
+    if 0 < limit < size:
+        return make_reply("too-big", f"{size} octets exceed smtpd.max_message_size ({limit})")
+    if not submission.header.subject and not raw:
+        return make_reply("subject-empty", "header.subject is required")
+    return None
 
 
-def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    limit = settings.smtpd.max_message_size
-    if not limit or request.message_size <= limit:
-        return None
-    return make_reply("too-big", f"{request.message_size} octets exceed smtpd.max_message_size ({limit})")
+# The checks of each stage, in the order in which faults are reported.
+CHECKS = {
+    "head": (check_login, check_client, check_rate),  # before the body is read; there is no submission yet
+    "submission": (check_envelope, check_sender_fence),  # then check_recipients()
+    "message": (check_message, check_rate),  # if a recipient is left; a refused mail counts for nothing
+}
 
 
-def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if submission.header.subject or submission.raw:
-        return None
-    return make_reply("subject-empty", "header.subject is required")
-
-
-# (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
-# or {recipient: Reply}, which refuses these recipients.
-CHECKS = (
-    ("head", check_login),  # before the body is read; there is no submission yet
-    ("head", check_client),
-    ("head", check_rate),
-    ("submission", check_send_at),
-    ("submission", check_trace),
-    ("submission", check_loop),
-    ("submission", check_ehlo),
-    ("submission", check_sender),
-    ("submission", check_sender_fence),
-    ("submission", check_recipient_count),
-    ("submission", check_recipients),
-    ("content", check_body),  # if a recipient is left
-    ("message", check_size),  # once the message is composed: request.message_size is known
-    ("message", check_subject),
-    ("message", check_rate),  # last: a mail that is refused counts for nothing
-)
-
-
-def checks_at(stage: str) -> tuple:
-    return tuple(check for name, check in CHECKS if name == stage)
-
-
-def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> dict:
-    """Return {recipient: Reply} of the refused recipients; raise Rejected if the whole submission is refused."""
-    refused: dict = {}
+def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> None:
+    """Raise Rejected by the first check that refuses the submission."""
     for check in checks:
-        result = check(request, submission, settings)
-        if isinstance(result, dict):
-            refused.update(result)
-        elif result:
-            raise Rejected(result)
-    return refused
-
-
-def unique_recipients(submission: Submission) -> dict:
-    """Return {recipient as written: its Mailbox, None if it is not an address}, in order, without duplicates."""
-    found: dict = {}
-    for as_written in submission.rcpt:
-        mailbox = parse_address(as_written)
-        found.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
-    return dict(found.values())
+        if reply := check(request, submission, settings):
+            raise Rejected(reply)
 
 
 def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
@@ -6493,7 +6279,6 @@ def log_reply(event: str, reply: Reply, status: str, delay: float | None, note: 
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
-CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 MAX_REPORTED_ERRORS = 10
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
@@ -6642,10 +6427,8 @@ def parse_and_check(request: Request, parse: Callable, body: Any, settings: Sett
     submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
-    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
-    recipients = unique_recipients(submission)
-    replies = {as_written: refused.get(as_written) for as_written in recipients}
-    accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
+    apply_checks(CHECKS["submission"], request, submission, settings)
+    replies, accepted = check_recipients(request, submission, settings)
     digest = document_digest(body) if "idempotency-key" in request.headers and body is request.body else None
     return submission, replies, accepted, digest
 
@@ -6659,8 +6442,7 @@ def document_digest(body: Any) -> bytes:
 def compose_and_check(
     request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
 ) -> Message:
-    """Return the message; raise Rejected if a check of the content or of the message fails."""
-    apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
+    """Return the message; raise Rejected if a check of the message fails."""
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
     shown = apply_staging(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
     message = compose(shown, queueid, request.client, settings.hostname, now)
@@ -6668,7 +6450,7 @@ def compose_and_check(
         message = message._replace(dsn=request.dsn)
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
-    apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
+    apply_checks(CHECKS["message"], request, submission, settings)
     return message
 
 
@@ -6829,7 +6611,8 @@ def plan_transactions(
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
         groups.setdefault(key, (route, []))[1].append(mailbox)
-    names = provider_header_names(submission)
+    given = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    names = [name for name in dict(given) if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name)]
     if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
@@ -7505,8 +7288,8 @@ def schema_of(value: Any) -> dict:
 
 
 ENDPOINTS = {
-    ("POST", "/submit"): Endpoint(submit, checks_at("head")),
-    **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
+    ("POST", "/submit"): Endpoint(submit, CHECKS["head"]),
+    **{("POST", path): Endpoint(answer_provider, CHECKS["head"]) for path in PROVIDER_ENDPOINTS},
     ("GET", "/"): Endpoint(lambda *_: json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(lambda _, app: json_response(redacted(app.settings)), (check_monitor,)),

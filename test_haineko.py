@@ -2879,7 +2879,7 @@ class MetricsTable(unittest.TestCase):
         self.assertNotIn("\nfood_bytes ", metrics.text({("food_bytes",): None}))
 
 
-class Submissions(unittest.TestCase):
+class Submissions(Quiet):
     def understood(self, submission) -> haineko.Submission:
         found, faults, _ = haineko.parse_submission(as_body(submission))
         self.assertEqual(faults, [])
@@ -3012,7 +3012,8 @@ class Submissions(unittest.TestCase):
         for text, local, domain in cases:
             with self.subTest(text):
                 found = haineko.parse_address(text)
-                self.assertEqual((found.as_written, found.local, found.domain), (text, local, domain))
+                self.assertEqual((found.as_written, found.domain), (text, domain))
+                self.assertEqual(found.addr_spec, f"{local}@{domain}")
 
     def test_what_is_no_json(self):
         for body, words in (
@@ -3084,13 +3085,12 @@ class Submissions(unittest.TestCase):
 
     def test_header_fields_that_relays_take_for_commands(self):
         names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
-        found = understood(document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"}))
-        self.assertEqual(
-            [name.lower() for name in haineko.provider_header_names(found)], [name.lower() for name in names]
-        )
+        given = document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"})
         raw = "".join(f"{name} : a\n" for name in names) + "X-MCX: c\n\nx"
-        found = understood({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw})
-        self.assertEqual(list(haineko.provider_header_names(found)), [name.lower() for name in names])
+        for form in (given, {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw}):
+            _, *lines = posted(form)[1]["response"][0]["message"]
+            wanted = [f"{name.lower()}: the route must have provider_headers to send it" for name in names]
+            self.assertEqual([line.lower() for line in lines], wanted)
 
     def test_what_is_no_address(self):
         for text in (
@@ -3698,7 +3698,7 @@ class RawMessages(Quiet):
             ),
             ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
             ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
-            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 1001, "parameters of a field exceed the limit of 1000"),
+            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 10001, None),
         ):
             with self.subTest(what):
                 form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
@@ -4100,9 +4100,9 @@ class Policy(Quiet):
 def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> haineko.Reply | None:
     """The Reply by which a check of a submission refuses it, or one of its recipients."""
     try:
-        return next(
-            iter(haineko.apply_checks(haineko.CHECKS_OF_SUBMISSION, request_, submission, settings()).values()), None
-        )
+        haineko.apply_checks(haineko.CHECKS["submission"], request_, submission, settings())
+        replies, _ = haineko.check_recipients(request_, submission, settings())
+        return next(filter(None, replies.values()), None)
     except haineko.Rejected as error:
         return error.reply
 
