@@ -8689,10 +8689,10 @@ def command_sendmail(argv: list) -> int:
         pairs, addresses = getopt.gnu_getopt(argv, "A:B:C:F:GIL:N:O:R:UV:X:ab:ce:f:h:imno:p:q:r:tvx")
         flags = {**dict(pairs), "-o": [value for flag, value in pairs if flag == "-o"]}
         sends = "-q" not in flags or "-t" in flags or addresses
-        mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
+        mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "flush")
         if mode == "m":
             return sendmail_deliver(flags, addresses)
-        if mode in ("p", "q"):
+        if mode in ("p", "flush"):
             queue = usable_settings(flags.get("-C")).queue
             if queue and os.path.exists(queue.path) and mode == "p":
                 return queue_list(QueueDB(queue))
@@ -8834,8 +8834,7 @@ def envelope_sender(given: str | None, hostname: str) -> str:
         if len(found) != 1 or not parse_address(found[0]):
             raise CommandError(f'usage: "{given}" is no mail address', os.EX_USAGE)
         return found[0]
-    name = user_name()
-    if parse_address(name):
+    if parse_address(name := user_name()):
         return name
     name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])  # whatever $LOGNAME is
     name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
