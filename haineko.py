@@ -678,7 +678,7 @@ class Relay(NamedTuple):
     destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
     into_folder: bool = False  # delivers into a folder of this machine
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
-    # Of a relay by HTTP; a document is a response's JSON object, LookupError or TypeError tell that it is another's:
+    # Of a relay by HTTP; a document is the JSON object in a response, LookupError or TypeError: not this API's
     request: Callable | None = None  # (Transaction): HTTPRequest; ValueError if the API can't express the message
     replies: Callable | None = None  # (Transaction, HTTPResponse): a Reply for each recipient
     errors: Callable = lambda document, headers: []  # the error messages
@@ -5129,18 +5129,17 @@ async def attempt_route_list(transaction: Transaction, transport: TransportConte
             pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
         found = await attempt_route(transaction._replace(route=route, recipients=waiting), transport)
         replies.update({to: reply._replace(fallback=tried) for to, reply in zip(waiting, found)})
-        failed = [reply for reply in found if try_next_route(reply)]
-        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed):
+        failed = {to: reply for to, reply in zip(waiting, found) if try_next_route(reply)}
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
             pauses[route] = time.monotonic() + ROUTE_PAUSE
         else:
             pauses.pop(route, None)
         if not failed:
             break
-        for reply in dict.fromkeys(failed):
+        for reply in dict.fromkeys(failed.values()):
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
-        waiting = tuple(to for to in waiting if try_next_route(replies[to]))
-        tried = " ".join(filter(None, (tried, failed[0].relay)))
+        waiting, tried = tuple(failed), " ".join(filter(None, (tried, next(iter(failed.values())).relay)))
     return [replies[to] for to in transaction.recipients]
 
 
@@ -5199,10 +5198,9 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver by SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may have several."""
-    by_domain: dict = {}
+    by_domain, replies = defaultdict(list), {}
     for recipient in transaction.recipients:
-        by_domain.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
-    replies: dict = {}
+        by_domain[recipient.rpartition("@")[2].lower()].append(recipient)
     for domain, recipients in by_domain.items():
         try:
             part = transaction._replace(recipients=tuple(recipients))
@@ -5214,9 +5212,8 @@ async def relay_mx(transaction: Transaction, transport: TransportContext) -> lis
 
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
     """Return {recipient: Reply} from the first host that works; raise Rejected if the domain has no host."""
-    route, waiting, attempts = transaction.route, transaction.recipients, 0
+    route, waiting, replies, attempts = transaction.route, transaction.recipients, {}, 0
     hosts, policy = await admitted_hosts(domain, route, transaction.hostname, transport)
-    replies: dict = {}
     for host in hosts:
         for hop in await next_hops(host, route, policy, transport.resolver):
             answers = [hop] * len(waiting)
@@ -5334,7 +5331,7 @@ def haineko_request(transaction: Transaction) -> HTTPRequest:
         text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
         *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
         header = {"subject": decode_encoded_words(lines["subject"]), "charset": charset, "x-haineko-loop": passed}
-        for key in {"from", "reply-to"} & set(lines):
+        for key in [name for name in ("from", "reply-to") if name in lines]:
             header[key.replace("-", "")] = format_mailboxes(lines[key])
         plain = {**document, "header": header, "body": text.replace("\r\n", "\n")}
         submission = parse_submission(encode_json(plain)).submission
@@ -5386,12 +5383,10 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     lines = [sanitize(str(line), 500) for line in lines][:20] or [status_text(response)]
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
-    if reply.accepted:
-        return reply
+    wait = 0 if code[0] == "2" else parse_retry_after(response)
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
-    wait, route_fault = parse_retry_after(response), response.status == 401
-    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=route_fault)
+    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
+    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=response.status == 401)
 
 
 def bearer_header(route: Route) -> tuple:
@@ -5575,9 +5570,7 @@ def api_replies(success: int, name: str, transaction: Transaction, response: HTT
 
 
 def sendgrid_errors(document: dict, headers: Any) -> list:
-    return [
-        ": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in document["errors"]
-    ]
+    return [": ".join(str(item[key]) for key in ("field", "message") if item.get(key)) for item in document["errors"]]
 
 
 def amazonses_errors(document: dict, headers: Any) -> list:
@@ -5669,10 +5662,6 @@ class CheckResult(NamedTuple):
     text: str
 
 
-def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
-    return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
-
-
 async def probe_esmtp(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Look the host up as a delivery would, then open a session."""
     try:
@@ -5704,7 +5693,8 @@ def probe_session(route: Route, hostname: str) -> list:
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
         done.pop(name, None)
-        failed = [failed_step(name, reply, f"{route.address or route.host}:{route.port}")]
+        text = f"{route.address or route.host}:{route.port}: {reply.code} {': '.join(reply.message)}"
+        failed = [CheckResult(name, False, text)]
     else:
         session.quit()
     return [CheckResult(name, True, text) for name, text in done.items()] + failed
@@ -5735,25 +5725,11 @@ async def probe_mx(route: Route, hostname: str, domain: str, transport: Transpor
             if not isinstance(hop, Route):
                 results.append(CheckResult("DNS", False, ": ".join(hop.message)))
                 continue
-            results += await asyncio.to_thread(probe_mx_host, hop, hostname)
+            results += await asyncio.to_thread(probe_session, hop, hostname)
+            if results[-1].step == "TLS" and not results[-1].ok and hop.tls_if_offered:  # mail goes in clear text
+                results += await asyncio.to_thread(probe_session, replace(hop, tls_if_offered=False), hostname)
             if results[-1].ok:
                 return results
-    return results
-
-
-def probe_mx_host(route: Route, hostname: str) -> list:
-    """Open a session to one host; if TLS is opportunistic, find out whether the certificate is accepted."""
-    variants, why = {"": route}, ""
-    if route.tls_if_offered:
-        variants = {"": replace(route, tls_verify=True), "not verified": route}
-        variants["mail goes in clear text"] = replace(route, tls_if_offered=False)
-    for note, hop in variants.items():
-        results = probe_session(hop, hostname)
-        if results[-1].ok:
-            return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
-        if results[-1].step != "TLS":
-            break
-        why = results[-1].text
     return results
 
 
@@ -5787,7 +5763,12 @@ async def probe_api(route: Route, hostname: str, domain: str, transport: Transpo
     return [CheckResult("AUTH", bool(text), text or "the login is good, but may not send mail")]
 
 
-def get_account(path: str, route: Route) -> HTTPRequest:
+def amazonses_account(document: dict) -> str:
+    people = "everybody" if document.get("ProductionAccessEnabled", True) else "verified recipients only"
+    return f"the account may send, to {people}" if document["SendingEnabled"] else ""
+
+
+def account_request(path: str, route: Route) -> HTTPRequest:
     path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
     return HTTPRequest("GET", path, headers=bearer_header(route))
 
@@ -5801,13 +5782,12 @@ RELAYS.update(
         request=haineko_request, replies=haineko_replies),
     SendGrid=Relay(relay_http, probe_api, api_url="https://api.sendgrid.com", needs=("auth",), login=("password",),
         request=sendgrid_request, replies=functools.partial(api_replies, 202, "X-Message-Id"), errors=sendgrid_errors,
-        ping=functools.partial(get_account, "/v3/scopes"),
+        ping=functools.partial(account_request, "/v3/scopes"),
         account=lambda document: "the API key may send" if "mail.send" in document["scopes"] else ""),
     AmazonSES=Relay(relay_amazonses, probe_api, 25, "https://email.{region}.amazonaws.com", ("auth", "region"),
         request=amazonses_request, replies=functools.partial(api_replies, 200, "MessageId"), errors=amazonses_errors,
         ping=lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()),
-        account=lambda document: document["SendingEnabled"] and "the account may send, to " + (
-            "everybody" if document.get("ProductionAccessEnabled", True) else "verified recipients only")),
+        account=amazonses_account),
     Mandrill=Relay(relay_http, probe_api, api_url="https://mandrillapp.com", needs=("auth",), login=("password",),
         request=mandrill_request, replies=mandrill_replies,
         errors=lambda document, _: [f"{document['name']}: {document['message']}"] * (document["status"] == "error"),
@@ -5815,11 +5795,11 @@ RELAYS.update(
         account=lambda document: {"PONG!": "the key is good"}[document["PING"]]),
     MSGraph=Relay(relay_http, probe_api, api_url="https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN,
         request=msgraph_request, replies=functools.partial(api_replies, 202, "request-id"),
-        ping=functools.partial(get_account, "/v1.0/users/{user}"),
+        ping=functools.partial(account_request, "/v1.0/users/{user}"),
         account=lambda document: f"the token is good for {document['id']}"),
     GmailAPI=Relay(relay_http, probe_api, api_url="https://gmail.googleapis.com", **BY_TOKEN,
         request=gmailapi_request, replies=functools.partial(api_replies, 200, "id"),
-        ping=functools.partial(get_account, "/gmail/v1/users/me/profile"),
+        ping=functools.partial(account_request, "/gmail/v1/users/me/profile"),
         account=lambda document: f"the token is good for {document['emailAddress']}"),
     File=Relay(functools.partial(relay_local, save_message), probe_local,
         destination="File {route.folder}", into_folder=True),
@@ -8598,7 +8578,7 @@ async def run_probe(route: Route, hostname: str, domain: str, transport: Transpo
         return results + await route.row.probe(route, hostname, domain, transport)
     except Rejected as rejected:
         step = "TOKEN" if route.oauth2 and not results else rejected.reply.command.replace("DATA", "AUTH")
-        return [*results, failed_step(step, rejected.reply)]
+        return [*results, CheckResult(step, False, f"{rejected.reply.code} {': '.join(rejected.reply.message)}")]
     except OSError as error:
         return [*results, CheckResult("CONN", False, error_text(error))]
 

@@ -13792,11 +13792,10 @@ class CheckConnect(WithCertificates):
             "TCP: connected to 127.0.0.2",
             "EHLO: ",
             "TLS: TLSv1.[23], certificate not verified",
-            "TLS: not verified: .*(ostname|doesn't match)",
             "^mailertable.sts.example: DNS: ",
             "TCP: connected",
             "EHLO: ",
-            "TLS: TLSv1.[23], certificate of commonName=mx.sts.example",
+            "TLS: TLSv1.[23], certificate not verified",
             "^mailertable.null.example: CONN: FAILED: 556 Domain takes no mail",
             "^mailertable.default: DNS: name servers answer",
         )
