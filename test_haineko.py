@@ -2879,7 +2879,7 @@ class MetricsTable(unittest.TestCase):
         self.assertNotIn("\nfood_bytes ", metrics.text({("food_bytes",): None}))
 
 
-class Submissions(unittest.TestCase):
+class Submissions(Quiet):
     def understood(self, submission) -> haineko.Submission:
         found, faults, _ = haineko.parse_submission(as_body(submission))
         self.assertEqual(faults, [])
@@ -3012,7 +3012,8 @@ class Submissions(unittest.TestCase):
         for text, local, domain in cases:
             with self.subTest(text):
                 found = haineko.parse_address(text)
-                self.assertEqual((found.as_written, found.local, found.domain), (text, local, domain))
+                self.assertEqual((found.as_written, found.domain), (text, domain))
+                self.assertEqual(found.addr_spec, f"{local}@{domain}")
 
     def test_what_is_no_json(self):
         for body, words in (
@@ -3084,13 +3085,12 @@ class Submissions(unittest.TestCase):
 
     def test_header_fields_that_relays_take_for_commands(self):
         names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
-        found = understood(document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"}))
-        self.assertEqual(
-            [name.lower() for name in haineko.provider_header_names(found)], [name.lower() for name in names]
-        )
+        given = document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"})
         raw = "".join(f"{name} : a\n" for name in names) + "X-MCX: c\n\nx"
-        found = understood({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw})
-        self.assertEqual(list(haineko.provider_header_names(found)), [name.lower() for name in names])
+        for form in (given, {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw}):
+            _, *lines = posted(form)[1]["response"][0]["message"]
+            wanted = [f"{name.lower()}: the route must have provider_headers to send it" for name in names]
+            self.assertEqual([line.lower() for line in lines], wanted)
 
     def test_what_is_no_address(self):
         for text in (
@@ -3698,7 +3698,7 @@ class RawMessages(Quiet):
             ),
             ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
             ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
-            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 1001, "parameters of a field exceed the limit of 1000"),
+            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 10001, None),
         ):
             with self.subTest(what):
                 form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
@@ -4100,9 +4100,9 @@ class Policy(Quiet):
 def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> haineko.Reply | None:
     """The Reply by which a check of a submission refuses it, or one of its recipients."""
     try:
-        return next(
-            iter(haineko.apply_checks(haineko.CHECKS_OF_SUBMISSION, request_, submission, settings()).values()), None
-        )
+        haineko.apply_checks(haineko.CHECKS["submission"], request_, submission, settings())
+        replies, _ = haineko.check_recipients(request_, submission, settings())
+        return next(filter(None, replies.values()), None)
     except haineko.Rejected as error:
         return error.reply
 
@@ -5754,11 +5754,10 @@ class WebSessions(unittest.TestCase):
         ):
             for pause, count in ((0.05, 1), (0.0, 4096)):
                 with self.subTest(what, pause=pause), Endless(first, more * count, pause) as peer:
-                    target = haineko.HTTPTarget(peer.url, 0.6, "Webhook")
-                    began, connection = time.monotonic(), haineko.KeepAliveConnection(target)
-                    self.addCleanup(connection.close)
+                    target, pool = haineko.HTTPTarget(peer.url, 0.6, "Webhook"), haineko.HTTPConnectionPool()
+                    began = time.monotonic()
                     try:
-                        response = connection.exchange(haineko.HTTPRequest("POST", "/", b"{}"))
+                        response = haineko.run(pool.request(target, haineko.HTTPRequest("POST", "/", b"{}")))
                         self.assertEqual((response.status, response.body), (status, b""))
                     except haineko.Rejected as refused:
                         self.assertEqual((refused.reply.code, refused.reply.maybe_delivered, status), ("451", True, 0))
@@ -6195,6 +6194,11 @@ class TokenPeers(Folder, Peers):
         self.addCleanup(peer.__exit__)
         return peer
 
+    def cache(self, *clock) -> haineko.TokenCache:
+        pool = haineko.HTTPConnectionPool()
+        self.addCleanup(pool.sweep, everything=True)
+        return haineko.TokenCache(pool, *clock)
+
     def asked(self, peer: HttpPeer) -> list:
         return [dict(urllib.parse.parse_qsl(item.body.decode())) for item in peer.asked]
 
@@ -6205,14 +6209,14 @@ class AccessTokens(TokenPeers):
     def test_one_fetch_for_all_who_wait(self):
         provider = self.provider()
         route = self.route(provider)
-        tokens, found = haineko.TokenCache(), []
+        tokens, found = self.cache(), []
 
         async def one() -> None:
             found.append((await tokens.authorize(route)).credentials)
 
         haineko.run(together(*[one() for _ in range(20)]))
         self.assertEqual(found, [("neko", "ya29.token")] * 20)
-        tokens, provider.answer, hops = haineko.TokenCache(), lambda _: (400, {}), []
+        tokens, provider.answer, hops = self.cache(), lambda _: (400, {}), []
 
         async def refused(host: str) -> None:
             try:
@@ -6243,7 +6247,10 @@ class AccessTokens(TokenPeers):
         ):
             with self.subTest(lifetime):
                 provider, clock = self.provider((200, {"access_token": "ya29.token", **lifetime}, date)), [0.0]
-                route, tokens = self.route(provider), haineko.TokenCache(lambda clock=clock: clock[0])
+                route, tokens = (
+                    self.route(provider),
+                    self.cache(lambda clock=clock: clock[0]),
+                )
 
                 async def at(now: float, tokens=tokens, route=route, clock=clock) -> None:
                     clock[0] = now
@@ -6256,7 +6263,7 @@ class AccessTokens(TokenPeers):
     def test_one_that_still_holds_is_used_while_the_provider_fails(self):
         provider = self.provider((200, {"access_token": "a", "expires_in": 3600}), (503, b"later"))
         route, clock = self.route(provider), [0.0]
-        tokens = haineko.TokenCache(lambda: clock[0])
+        tokens = self.cache(lambda: clock[0])
         for now, wanted in ((0.0, "a"), (3599.0, "a"), (3601.0, None)):
             clock[0] = now
             try:
@@ -6341,7 +6348,10 @@ class AccessTokens(TokenPeers):
                 provider = self.provider(
                     (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
                 )
-                route, tokens = self.route(provider, refresh_token=source), haineko.TokenCache()
+                route, tokens = (
+                    self.route(provider, refresh_token=source),
+                    self.cache(),
+                )
                 for _ in range(4):
                     with contextlib.suppress(haineko.Rejected):
                         haineko.run(tokens.token_for(route))
@@ -6364,7 +6374,7 @@ class AccessTokens(TokenPeers):
         self.write("account.json", account)
         provider = self.provider()
         route = self.route(provider, service_account="account.json", client_id="", client_secret="", scope="")
-        self.assertEqual(haineko.run(haineko.TokenCache().token_for(route)).text, "ya29.token")
+        self.assertEqual(haineko.run(self.cache().token_for(route)).text, "ya29.token")
         (form,) = self.asked(provider)
         self.assertEqual(form["grant_type"], "urn:ietf:params:oauth:grant-type:jwt-bearer")
         head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in form["assertion"].split("."))
@@ -6516,8 +6526,8 @@ class TokenLogins(TokenPeers):
             ),
         ):
             with self.subTest(ok):
-                route = self.route(self.provider(said))
-                found = haineko.run(haineko.run_probe(route, NAME, "", haineko.TransportContext()))
+                route, sessions = self.route(self.provider(said)), haineko.TransportContext()
+                found = haineko.run(and_closed(haineko.run_probe(route, NAME, "", sessions), sessions))
                 steps = ["TOKEN", "DNS", "TCP", "EHLO", "TLS", "AUTH"] if ok else ["TOKEN"]
                 self.assertEqual([item.step for item in found], steps)
                 token = next(item for item in found if item.step == "TOKEN")
@@ -7159,7 +7169,7 @@ class SmtpSessions(Peers):
                 futures.append(pool.wait(float("inf"), self.WORDS))
             pool.sweep(0.0)
             self.assertEqual(self.results(futures), [])
-            pool.full_until = 0.0
+            pool.ask_again = 0.0
             pool.sweep(0.0)
             self.assertEqual((self.results(futures), pool.opening), ([None], 1))
             pool.opened()
@@ -7231,11 +7241,11 @@ class SmtpSessions(Peers):
         class Short(haineko.TransportContext):
             IDLE, IDLE_WHEN_FULL = 9, 9
 
-        async def idle_for_a_while(limit: str, most: int) -> None:
+        async def idle_for_a_while(limit: str, refusal: haineko.Reply | None) -> None:
             sessions = Short()
             await haineko.attempt_transaction(job(peer), sessions)
             for pool in sessions.pools.values():
-                pool.open_limit = most
+                pool.refusal = refusal
             await sessions.sweep()
             self.assertEqual(len(peer.connections[0].lines), 4)
             setattr(sessions, limit, 0.05)
@@ -7243,10 +7253,10 @@ class SmtpSessions(Peers):
             await sessions.sweep()
             self.assertEqual(sessions.pools, {})
 
-        for limit, most in (("IDLE", haineko.SessionPool.OPENING), ("IDLE_WHEN_FULL", 1)):
+        for limit, refusal in (("IDLE", None), ("IDLE_WHEN_FULL", self.WORDS)):
             with self.subTest(limit):
                 peer = self.peer()
-                haineko.run(idle_for_a_while(limit, most))
+                haineko.run(idle_for_a_while(limit, refusal))
                 eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
 
     def test_a_session_that_reached_a_limit_is_replaced_once(self) -> None:
@@ -7345,7 +7355,6 @@ class SmtpSessions(Peers):
     def test_login_is_asked_in_many_ways(self) -> None:
         for turns in (
             (b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),  # Username: Password:
-            (b" VXNlcm5hbWU6", b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),
             (b" VXNlciBOYW1lAA==", b" UGFzc3dvcmQA"),
             (b" VXNlciBOYW1lAA", b" UGFzc3dvcmQA"),  # without padding
             (b" Username:", b" Password:"),
@@ -8237,7 +8246,7 @@ class RelayMxByPolicy(MxPeers):
     def sessions(self) -> haineko.TransportContext:
         found = haineko.TransportContext((self.dns.place,))
         found.resolver = haineko.Resolver((self.dns.place,), clock=lambda: self.clock[0])
-        found.mta_sts = haineko.MTASTSCache(found.resolver, self.web.port, lambda: self.clock[0])
+        found.mta_sts = haineko.MTASTSCache(found.resolver, found.http, self.web.port, lambda: self.clock[0])
         return found
 
     def deliver(self, sessions: haineko.TransportContext | None = None, ca: bool = True) -> tuple:
