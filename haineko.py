@@ -668,7 +668,7 @@ class Relay(NamedTuple):
     """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
 
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
-    probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
+    probe: Callable | None  # (Route, hostname, recipients' domain or "", TransportContext): awaited for CheckResults
     default_port: int = 25
     api_url: str = ""  # template of the base URL of a relay by HTTP
     needs: tuple = ()  # settings that its routes must have
@@ -678,6 +678,12 @@ class Relay(NamedTuple):
     destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
     into_folder: bool = False  # delivers into a folder of this machine
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
+    # Of a relay by HTTP; a document is the JSON object in a response, LookupError or TypeError: not this API's
+    request: Callable | None = None  # (Transaction): HTTPRequest; ValueError if the API can't express the message
+    replies: Callable | None = None  # (Transaction, HTTPResponse): a Reply for each recipient
+    errors: Callable = lambda document, headers: []  # the error messages
+    ping: Callable | None = None  # (Route): HTTPRequest for the document that `account` reads
+    account: Callable | None = None  # (document): what the account may do, "" if it can't send
 
 
 UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
@@ -4705,17 +4711,20 @@ class TransportContext:
 # ======================================================================================================================
 # 15. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
-#     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
-#     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
+#     (route, hostname, domain, transport), sends no mail and gives one CheckResult for each step. Both may raise
+#     Rejected or OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
 # ======================================================================================================================
 
 ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
 MAX_REPLACEMENTS = 8  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
+SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
+SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
 DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 DECODERS.update(B=binascii.a2b_base64, Q=functools.partial(binascii.a2b_qp, header=True))  # RFC 2047 4
 API_LIMIT = re.compile(r"(TooManyRequests|Throttling|SendingPaused|\w*LimitExceeded)(Exception)?")  # errors that pass
+API_LOGIN = re.compile(r"SignatureDoesNotMatch|InvalidClientTokenId|\w*(Signature|Token|Client)(Exception)?")
 ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
 
@@ -4744,18 +4753,17 @@ async def attempt_route_list(transaction: Transaction, transport: TransportConte
             pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
         found = await attempt_route(transaction._replace(route=route, recipients=waiting), transport)
         replies.update({to: reply._replace(fallback=tried) for to, reply in zip(waiting, found)})
-        failed = [reply for reply in found if try_next_route(reply)]
-        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed):
+        failed = {to: reply for to, reply in zip(waiting, found) if try_next_route(reply)}
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
             pauses[route] = time.monotonic() + ROUTE_PAUSE
         else:
             pauses.pop(route, None)
         if not failed:
             break
-        for reply in dict.fromkeys(failed):
+        for reply in dict.fromkeys(failed.values()):
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
-        waiting = tuple(to for to in waiting if try_next_route(replies[to]))
-        tried = " ".join(filter(None, (tried, failed[0].relay)))
+        waiting, tried = tuple(failed), " ".join(filter(None, (tried, next(iter(failed.values())).relay)))
     return [replies[to] for to in transaction.recipients]
 
 
@@ -4814,10 +4822,9 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver by SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may have several."""
-    by_domain: dict = {}
+    by_domain, replies = defaultdict(list), {}
     for recipient in transaction.recipients:
-        by_domain.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
-    replies: dict = {}
+        by_domain[recipient.rpartition("@")[2].lower()].append(recipient)
     for domain, recipients in by_domain.items():
         try:
             part = transaction._replace(recipients=tuple(recipients))
@@ -4829,9 +4836,8 @@ async def relay_mx(transaction: Transaction, transport: TransportContext) -> lis
 
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
     """Return {recipient: Reply} from the first host that works; raise Rejected if the domain has no host."""
-    route, waiting, attempts = transaction.route, transaction.recipients, 0
+    route, waiting, replies, attempts = transaction.route, transaction.recipients, {}, 0
     hosts, policy = await admitted_hosts(domain, route, transaction.hostname, transport)
-    replies: dict = {}
     for host in hosts:
         for hop in await next_hops(host, route, policy, transport.resolver):
             answers = [hop] * len(waiting)
@@ -4877,8 +4883,9 @@ def try_next_host(reply: Reply) -> bool:
     return reply.command in ("CONN", "EHLO", "STARTTLS") or (reply.code == "421" and reply.command != "DATA")
 
 
-async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
-    return [await asyncio.to_thread(save_message, transaction)] * len(transaction.recipients)
+async def relay_local(deliver: Callable, transaction: Transaction, transport: TransportContext) -> list:
+    """Return the Reply of deliver(transaction), which blocks, for each recipient."""
+    return [await asyncio.to_thread(deliver, transaction)] * len(transaction.recipients)
 
 
 def save_message(transaction: Transaction) -> Reply:
@@ -4887,49 +4894,45 @@ def save_message(transaction: Transaction) -> Reply:
     name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
     path, aside = os.path.join(folder, name), os.path.join(folder, f".{name}")
     try:
-        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(handle, "wb") as stream:
-                stream.write(transaction.octets())
-                stream.flush()
-                os.fsync(handle)
-            os.rename(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        with open(aside, "xb", opener=functools.partial(os.open, mode=0o600)) as stream:
+            stream.write(transaction.octets())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(aside, path)
         handle = os.open(folder, os.O_RDONLY)  # a renamed file survives a power cut only if its folder is synced
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
         return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
     return make_reply("done", word=path, mailer="File")
 
 
-async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
+def print_message(transaction: Transaction) -> Reply:
     """Print the message, with controls escaped, and marked so that no line of it can pass for one of the log."""
     people = f"from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
     lines = [f"--- {transaction.queueid}.{transaction.number} {people}", *(f"| {line}" for line in text.split("\n"))]
     lines = [SCREEN_UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines]
-    reply = make_reply("done", word="Printed", mailer="Screen")
     if not log.write_bytes("\n".join([*lines, "---\n"]).encode()):
-        reply = make_reply("file", "stderr cannot be written", mailer="Screen")
-    return [reply] * len(transaction.recipients)
+        return make_reply("file", "stderr cannot be written", mailer="Screen")
+    return make_reply("done", word="Printed", mailer="Screen")
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
     return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-async def relay_http(make_request: Callable, read_replies: Callable, transaction: Transaction, transport: Any) -> list:
-    """Post make_request(transaction), an HTTPRequest, which raises ValueError if the API can't express the message.
-    read_replies(transaction, response) returns the replies. An access token that is refused is replaced once."""
+async def relay_http(transaction: Transaction, transport: TransportContext) -> list:
+    """Deliver by the API in the route's row. An access token that is refused is replaced once."""
+    row = transaction.route.row
     for again in (True, False):
         login = await transport.tokens.authorize(transaction.route)
         try:
-            call = await asyncio.to_thread(make_request, transaction._replace(route=login))
+            call = await asyncio.to_thread(row.request, transaction._replace(route=login))
         except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
             raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
         response = await transport.http.request(HTTPTarget.of_route(login), call)
@@ -4938,45 +4941,40 @@ async def relay_http(make_request: Callable, read_replies: Callable, transaction
             break
     if token:
         response = response._replace(body=response.body.replace(token.encode(), b"********"))
-    return read_replies(transaction, response)
+    return row.replies(transaction, response)
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """Return the submission to another Haineko: header and body if they express all of the message (the old one in
+    """Return the submission to another Haineko: header and body if compose() makes this message of them (the old one in
     Perl knows no more), else `raw`."""
-    octets = transaction.octets()
+    octets, document = transaction.octets(), {"mail": transaction.sender, "rcpt": transaction.recipients}
     try:
-        document = as_plain_submission(transaction, octets)
+        fields, body = parse_message(octets)
+        lines = {name: unfold(value) for name, value in fields}
+        charset = lines["content-type"].rpartition("charset=")[2]
+        text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+        *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
+        header = {"subject": decode_encoded_words(lines["subject"]), "charset": charset, "x-haineko-loop": passed}
+        for key in [name for name in ("from", "reply-to") if name in lines]:
+            header[key.replace("-", "")] = format_mailboxes(lines[key])
+        plain = {**document, "header": header, "body": text.replace("\r\n", "\n")}
+        submission = parse_submission(encode_json(plain)).submission
+        if not (submission and transaction.sender):
+            raise ValueError("compose() could not make it")
+        now = parsedate_to_datetime(lines["date"]).timestamp()
+        message = compose(submission, transaction.queueid, None, hostname, now)
+        composed = message.copy(transaction.recipients[0], transaction.number)
+        if composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+            raise ValueError("compose() would make another message")
+        document.update(plain, header={**header, "x-haineko-loop": [*passed, hostname]}, ehlo=hostname)
     except (ValueError, LookupError, TypeError):  # TypeError: of a Date that is none, before Python 3.10
-        raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
-        document = {"mail": transaction.sender, "rcpt": transaction.recipients, "raw": raw}
+        document["raw"] = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
     return HTTPRequest("POST", "/submit", encode_json(document), basic_auth_header(transaction.route.credentials))
 
 
 def basic_auth_header(login: tuple) -> tuple:
     """Return the header fields for HTTP Basic (RFC 7617); none without a login."""
     return (("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode()),) if login else ()
-
-
-def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
-    """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
-    fields, body = parse_message(octets)
-    lines = {name: unfold(value) for name, value in fields}
-    charset = lines["content-type"].rpartition("charset=")[2]
-    *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    header = {"subject": decode_encoded_words(lines["subject"]), "charset": charset, "x-haineko-loop": passed}
-    header.update({key.replace("-", ""): format_mailboxes(lines[key]) for key in ("from", "reply-to") if key in lines})
-    text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
-    document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
-    submission = parse_submission(encode_json({**document, "header": header})).submission
-    if not (submission and transaction.sender):
-        raise ValueError("compose() could not make it")
-    now = parsedate_to_datetime(lines["date"]).timestamp()
-    composed = compose(submission, transaction.queueid, None, hostname, now)
-    composed = composed.copy(transaction.recipients[0], transaction.number)
-    if composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
-        raise ValueError("compose() would make another message")
-    return {**document, "header": {**header, "x-haineko-loop": [*passed, hostname]}, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
@@ -5009,12 +5007,10 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     lines = [sanitize(str(line), 500) for line in lines][:20] or [status_text(response)]
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
-    if reply.accepted:
-        return reply
+    wait = 0 if code[0] == "2" else parse_retry_after(response)
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
-    wait, route_fault = parse_retry_after(response), response.status == 401
-    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=route_fault)
+    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
+    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=response.status == 401)
 
 
 def bearer_header(route: Route) -> tuple:
@@ -5033,14 +5029,6 @@ def sendgrid_request(transaction: Transaction) -> HTTPRequest:
             headers[line.partition(b":")[0].decode()] = single_field(fields, name)
             if not line.isascii():
                 raise ValueError(f"the header {name} is not ASCII")
-    document = {**sendgrid_addresses(transaction, fields), "headers": headers, **sendgrid_parts(octets)}
-    document["subject"] = decode_encoded_words(single_field(fields, "subject"))
-    body = encode_json({key: value for key, value in document.items() if value})
-    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
-
-
-def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
-    """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     people = {"bcc": [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]}
     for key in ("from", "to", "cc", "reply-to"):
         mailboxes = parse_mailboxes(single_field(fields, key))
@@ -5048,10 +5036,14 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
         people[key] = [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
     if len(people["from"]) != 1:
         raise ValueError("From has several addresses")
-    replies = people["reply-to"]
-    replies = {"reply_to": replies[0]} if len(replies) == 1 else {"reply_to_list": replies}
-    envelope = {key: people[key] for key in ("to", "cc", "bcc") if people[key]}
-    return {"personalizations": [envelope], "from": people["from"][0], **replies}
+    # SendGrid shows every recipient but Bcc, and delivers to every one that it shows.
+    document = {"personalizations": [{key: people[key] for key in ("to", "cc", "bcc") if people[key]}]}
+    document.update({"from": people["from"][0], "reply_to_list": people["reply-to"], "headers": headers})
+    if len(people["reply-to"]) == 1:
+        document["reply_to"] = document.pop("reply_to_list")[0]
+    document.update(sendgrid_parts(octets), subject=decode_encoded_words(single_field(fields, "subject")))
+    body = encode_json({key: value for key, value in document.items() if value})
+    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5062,10 +5054,6 @@ def hidden_recipients(transaction: Transaction, fields: list) -> list:
             if not hidden.pop(mailbox.key, None):
                 raise ValueError(f"{name.title()} has {mailbox.addr_spec}, which gets this mail another way or twice")
     return list(hidden.values())
-
-
-SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
-SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
 
 
 def sendgrid_parts(octets: bytes) -> dict:
@@ -5085,8 +5073,7 @@ def sendgrid_parts(octets: bytes) -> dict:
         else:
             text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
             content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
-    types = [item["type"] for item in content]
-    both = ["text/plain", "text/html"]
+    types, both = [item["type"] for item in content], ["text/plain", "text/html"]
     if not (types == both and "alternative" in multiparts) and types not in (both[:1], both[1:]):
         raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
     return {"content": content, "attachments": attachments}
@@ -5094,7 +5081,9 @@ def sendgrid_parts(octets: bytes) -> dict:
 
 def sendgrid_attachment(part: Any) -> dict:
     content_id, disposition = (part["Content-ID"] or "").strip("<> "), part.get_content_disposition()
-    octets = part.get_payload(decode=True)
+    octets, charset = part.get_payload(decode=True), part.get_content_charset("utf-8")
+    if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
+        raise ValueError(f"an attachment has the charset {charset}, which can't be declared")
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
     name = decode_encoded_words(part.get_filename() or content_id)
@@ -5106,11 +5095,11 @@ def sendgrid_attachment(part: Any) -> dict:
 
 async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver to 50 recipients at a time, Amazon's quota."""
-    replies, read_replies = [], functools.partial(api_replies, 200, "MessageId", "")
+    replies: list = []
     for start in range(0, len(transaction.recipients), 50):
         part = transaction._replace(recipients=transaction.recipients[start : start + 50])
         try:
-            replies += await relay_http(amazonses_request, read_replies, part, transport)
+            replies += await relay_http(part, transport)
         except Rejected as refused:
             replies += [refused.reply] * len(part.recipients)
     return replies
@@ -5158,11 +5147,11 @@ def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
     items = items_by_address(response.document() if response.status == 200 else None, "email")
     for item in [items.get(address_key(to), {}) for to in transaction.recipients]:
         status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
+        dsn = {"rejected": "5.7.1", "invalid": "5.1.3"}.get(str(status))
         if status in ("sent", "queued", "scheduled"):
             replies.append(http_reply("web-accepted", route, response, [status, *lines]))
-        elif status in ("rejected", "invalid"):
-            reply = http_reply("web-refused", route, response, lines, status)
-            replies.append(reply._replace(dsn="5.1.3" if status == "invalid" else "5.7.1"))
+        elif dsn:
+            replies.append(http_reply("web-refused", route, response, lines, status)._replace(dsn=dsn))
         else:
             replies.append(http_failure(route, response))
     return replies
@@ -5194,30 +5183,29 @@ def addressed_message(transaction: Transaction) -> bytes:
     return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
 
 
-def api_replies(success: int, name: str, header: str, transaction: Transaction, response: HTTPResponse) -> list:
-    """Return the replies of an API that takes the mail for all recipients, or not; its id is in a header or in JSON."""
-    ident = response.headers.get(header) if header else json_object(response).get(name)
+def api_replies(success: int, name: str, transaction: Transaction, response: HTTPResponse) -> list:
+    """Return the replies of an API that takes the mail for all recipients, or not. Its id is in JSON, or for 202 in a
+    header that may be absent."""
+    ident = response.headers.get(name) if success == 202 else json_object(response).get(name)
     reply = http_reply("web-accepted", transaction.route, response, [f"{name}: {ident}"] if ident else [])
-    if response.status != success or not (ident or header):
+    if response.status != success or not (ident or success == 202):
         reply = http_failure(transaction.route, response)
     return [reply] * len(transaction.recipients)
 
 
-def api_errors(response: HTTPResponse) -> list | None:
-    """Return the error messages in a response; None if it has none in a form that one of the APIs uses."""
-    document, amazon = json_object(response), response.headers.get("x-amzn-ErrorType")
-    amazon = str(amazon or document.get("__type") or "").partition(":")[0].rpartition("#")[2]
-    errors, error = document.get("errors"), document.get("error")
-    if amazon:  # some have a namespace in front, or a URL behind
-        return [amazon, *(str(document[key]) for key in ("message", "Message") if document.get(key))]
-    if document.get("status") == "error":  # Mandrill
-        return [f"{document.get('name')}: {document.get('message')}"]
-    if isinstance(error, dict):  # Graph and Google
-        reasons = re.findall(r"'reason': '(\w+)'", str(error.get("errors")))
-        return [f"{error.get('code')}: {error.get('message')}", *reasons]
-    if isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors):  # SendGrid
-        return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
-    return None
+def sendgrid_errors(document: dict, headers: Any) -> list:
+    return [": ".join(str(item[key]) for key in ("field", "message") if item.get(key)) for item in document["errors"]]
+
+
+def amazonses_errors(document: dict, headers: Any) -> list:
+    name = str(headers.get("x-amzn-ErrorType") or document["__type"])  # may have a namespace in front, a URL behind
+    messages = [str(document[key]) for key in ("message", "Message") if document.get(key)]
+    return [name.partition(":")[0].rpartition("#")[2], *messages]
+
+
+def graph_and_google_errors(document: dict, headers: Any) -> list:
+    error = document["error"]
+    return [f"{error['code']}: {error['message']}", *re.findall(r"'reason': '(\w+)'", str(error.get("errors")))]
 
 
 def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word: str = "") -> Reply:
@@ -5227,10 +5215,13 @@ def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word
 
 
 def http_failure(route: Route, response: HTTPResponse) -> Reply:
-    status, lines, wait = response.status, api_errors(response), parse_retry_after(response)
-    if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
-        return http_reply("web-refused", route, response, lines or ())._replace(dsn="5.3.4")
-    if lines is None or status < 400:
+    """Return the reply for a response that is no success. Without the API's own errors it may be of a proxy."""
+    status, lines, wait = response.status, [], parse_retry_after(response)
+    with contextlib.suppress(LookupError, TypeError, AttributeError):  # another form than the API's
+        lines = route.row.errors(json_object(response), response.headers)
+    if status == 413:  # the mail will not be smaller next time
+        return http_reply("web-refused", route, response, lines)._replace(dsn="5.3.4")
+    if not lines or status < 400:
         excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
         reply = http_reply("web-rubbish", route, response, filter(None, (status_text(response), excerpt)))
         return reply._replace(maybe_delivered=200 <= status < 300, retry_after=wait)
@@ -5238,9 +5229,8 @@ def http_failure(route: Route, response: HTTPResponse) -> Reply:
         reply = http_reply("web-later", route, response, lines)
         return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=wait)
     reply = http_reply("web-refused", route, response, lines)
-    wrong_key = lines[0].isalpha() and re.search("Signature|Token|UnrecognizedClient", lines[0])  # Amazon's exceptions
-    dsn = {401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn)
-    return reply._replace(dsn=dsn, route_fault=status == 401 or bool(wrong_key))
+    route_fault = status == 401 or any(map(API_LOGIN.fullmatch, lines))
+    return reply._replace(dsn={401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn), route_fault=route_fault)
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
@@ -5290,36 +5280,20 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
-class ConnectivityProbe(NamedTuple):
-    """A route to try for `check --connect`, and for MX the domain of a recipient."""
-
-    route: Route
-    hostname: str  # our own name, for EHLO
-    domain: str = ""  # "" if the route is for many domains
-
-
 class CheckResult(NamedTuple):
     step: str
     ok: bool
     text: str
 
 
-def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
-    return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
-
-
-async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
+async def probe_esmtp(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Look the host up as a delivery would, then open a session."""
-    found = await asyncio.to_thread(probe_dns, probe.route)
-    return [found, *(await asyncio.to_thread(probe_session, probe.route, probe.hostname) if found.ok else ())]
-
-
-def probe_dns(route: Route) -> CheckResult:
     try:
-        found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
+        found = await asyncio.to_thread(socket.getaddrinfo, route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        return CheckResult("DNS", False, f"{route.host}: {error.strerror}")
-    return CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")
+        return [CheckResult("DNS", False, f"{route.host}: {error.strerror}")]
+    shown = f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}"
+    return [CheckResult("DNS", True, shown), *await asyncio.to_thread(probe_session, route, hostname)]
 
 
 def probe_session(route: Route, hostname: str) -> list:
@@ -5343,7 +5317,8 @@ def probe_session(route: Route, hostname: str) -> list:
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
         done.pop(name, None)
-        failed = [failed_step(name, reply, f"{route.address or route.host}:{route.port}")]
+        text = f"{route.address or route.host}:{route.port}: {reply.code} {': '.join(reply.message)}"
+        failed = [CheckResult(name, False, text)]
     else:
         session.quit()
     return [CheckResult(name, True, text) for name, text in done.items()] + failed
@@ -5360,17 +5335,13 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
     return sanitize(f"{sock.version()}, certificate of {subject or names}, until {until} ({days} days)", 500)
 
 
-async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
+async def probe_mx(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Query the name servers, then open a session to the first host of the domain that works."""
-    route = probe.route
-    if not probe.domain:
-        found = await transport.resolver.lookup(probe.hostname, MX, time.monotonic() + route.timeout)
+    if not domain:
+        found = await transport.resolver.lookup(hostname, MX, time.monotonic() + route.timeout)
         return [CheckResult("DNS", found.code != SERVFAIL, found.why or "name servers answer")]
-    try:
-        hosts, policy = await admitted_hosts(probe.domain, route, probe.hostname, transport)
-    except Rejected as rejected:
-        return [failed_step("DNS", rejected.reply)]
-    results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
+    hosts, policy = await admitted_hosts(domain, route, hostname, transport)
+    results = [CheckResult("DNS", True, f"{domain} takes mail at {', '.join(hosts)}")]
     if policy:
         results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
     for host in hosts:
@@ -5378,81 +5349,47 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
             if not isinstance(hop, Route):
                 results.append(CheckResult("DNS", False, ": ".join(hop.message)))
                 continue
-            results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
+            results += await asyncio.to_thread(probe_session, hop, hostname)
+            if results[-1].step == "TLS" and not results[-1].ok and hop.tls_if_offered:  # mail goes in clear text
+                results += await asyncio.to_thread(probe_session, replace(hop, tls_if_offered=False), hostname)
             if results[-1].ok:
                 return results
     return results
 
 
-def probe_mx_host(route: Route, hostname: str) -> list:
-    """Open a session to one host; if TLS is opportunistic, find out whether the certificate is accepted."""
-    variants, why = {"": route}, ""
-    if route.tls_if_offered:
-        variants = {"": replace(route, tls_verify=True), "not verified": route}
-        variants["mail goes in clear text"] = replace(route, tls_if_offered=False)
-    for note, hop in variants.items():
-        results = probe_session(hop, hostname)
-        if results[-1].ok:
-            return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
-        if results[-1].step != "TLS":
-            break
-        why = results[-1].text
-    return results
-
-
-async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
+async def probe_local(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Return the route's folder, if it has one; load_settings() has checked that it can be written."""
-    folder = probe.route.folder if probe.route.row.into_folder else ""
+    folder = route.folder if route.row.into_folder else ""
     return [CheckResult("FILE" if folder else "NONE", True, folder or "nothing to connect to")]
 
 
-def http_probe(make_request: Callable) -> Callable:
-    """Make a probe that sends make_request(route) and reads the response by account_state()."""
-
-    def steps(route: Route) -> list:
-        results = [probe_dns(route)]
-        if not results[0].ok:
-            return results
-        place = f"{route.host}:{route.port}"
-        try:
-            with contextlib.closing(KeepAliveConnection(HTTPTarget.of_route(route))) as line:
-                line.open()
-                results.append(CheckResult("TCP", True, f"connected to {place}"))
-                results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-                response = line.exchange(make_request(route))
-            results.append(CheckResult("AUTH", True, account_state(route, response)))
-        except Rejected as rejected:
-            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
-            results.append(failed_step(step, rejected.reply, place))
-        return results
-
-    return lambda probe, transport: asyncio.to_thread(steps, probe.route)
+async def probe_haineko(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
+    """Post an empty submission, which is refused after the login."""
+    call = HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials))
+    response = await transport.http.request(HTTPTarget.of_route(route), call)
+    item = next(iter(items_by_address(json_object(response).get("response"), "rcpt").values()), {})
+    if not item or item.get("command") == "AUTH" or response.status in (401, 403, 404):
+        raise Rejected(haineko_reply(route, response, item))
+    return [CheckResult("AUTH", True, f"a Haineko that {'takes our' if route.credentials else 'wants no'} login")]
 
 
-def account_state(route: Route, response: HTTPResponse) -> str:
-    """Return what a response tells of the account, or of its key's permissions; raise Rejected if it can't send."""
-    document, good, refusal = json_object(response), f"the {'token' if route.oauth2 else 'key'} is good", None
-    items = list(items_by_address(document.get("response"), "rcpt").values())
-    if items:  # of a Haineko, which refuses the empty submission after the login
-        good = f"a Haineko that {'takes our' if route.credentials else 'wants no'} login"
-        if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
-            refusal = haineko_reply(route, response, items[0])
-    elif response.status == 403 and ("error" in document or "AccessDenied" in (api_errors(response) or ("",))[0]):
-        good += "; it may not read the account, so whether it may send is not known"
-    elif response.status == 200 and isinstance(document.get("scopes"), list):  # SendGrid
-        good = "the API key may send"
-        if "mail.send" not in document["scopes"]:
-            refusal = http_reply("web-refused", route, response, (), "the API key lacks the permission mail.send")
-    elif response.status == 200 and "SendingEnabled" in document:  # Amazon SES
-        sandbox = not document.get("ProductionAccessEnabled", True)
-        good += ", the account may send" + ", in the sandbox: to verified recipients only" * sandbox
-        if not document["SendingEnabled"]:
-            refusal = http_reply("web-refused", route, response, (), "sending is switched off for this account")
-    elif response.status != 200 or not (document.get("PING") == "PONG!" or {"id", "emailAddress"} & set(document)):
-        refusal = http_failure(route, response)
-    if refusal:
-        raise Rejected(refusal)
-    return good
+async def probe_api(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
+    """Ask the API in the route's row for the account, or for the permissions of the key."""
+    response = await transport.http.request(HTTPTarget.of_route(route), route.row.ping(route))
+    failure, text = http_failure(route, response), None
+    if response.status == 403 and failure.dsn == "5.7.1" and not failure.route_fault:
+        text = f"{failure.message[-1]}: the login is good; whether it may send is not known"
+    elif response.status == 200:
+        with contextlib.suppress(LookupError, TypeError):  # another form than the API's
+            text = route.row.account(json_object(response))
+    if text is None:
+        raise Rejected(failure)
+    return [CheckResult("AUTH", bool(text), text or "the login is good, but may not send mail")]
+
+
+def amazonses_account(document: dict) -> str:
+    people = "everybody" if document.get("ProductionAccessEnabled", True) else "verified recipients only"
+    return f"the account may send, to {people}" if document["SendingEnabled"] else ""
 
 
 def account_request(path: str, route: Route) -> HTTPRequest:
@@ -5460,35 +5397,39 @@ def account_request(path: str, route: Route) -> HTTPRequest:
     return HTTPRequest("GET", path, headers=bearer_header(route))
 
 
-relay_haineko = functools.partial(relay_http, haineko_request, haineko_replies)
-sendgrid_replies = functools.partial(api_replies, 202, "X-Message-Id", "X-Message-Id")
-relay_sendgrid = functools.partial(relay_http, sendgrid_request, sendgrid_replies)
-relay_mandrill = functools.partial(relay_http, mandrill_request, mandrill_replies)
-relay_msgraph = functools.partial(relay_http, msgraph_request, functools.partial(api_replies, 202, "id", "request-id"))
-relay_gmailapi = functools.partial(relay_http, gmailapi_request, functools.partial(api_replies, 200, "id", ""))
-probe_haineko = http_probe(lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
-probe_sendgrid = http_probe(functools.partial(account_request, "/v3/scopes"))
-probe_amazonses = http_probe(lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
-probe_mandrill = http_probe(
-    lambda route: HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]}))
-)
-probe_msgraph = http_probe(functools.partial(account_request, "/v1.0/users/{user}"))
-probe_gmailapi = http_probe(functools.partial(account_request, "/gmail/v1/users/me/profile"))
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
-BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
+BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2"), "errors": graph_and_google_errors}
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
-    Haineko=Relay(relay_haineko, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}"),
-    SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
-    AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
-    Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
-    MSGraph=Relay(relay_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
-    GmailAPI=Relay(relay_gmailapi, probe_gmailapi, 25, "https://gmail.googleapis.com", **BY_TOKEN),
-    File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
-    Screen=Relay(relay_screen, probe_local, destination="Screen"),
+    Haineko=Relay(relay_http, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}",
+        request=haineko_request, replies=haineko_replies),
+    SendGrid=Relay(relay_http, probe_api, api_url="https://api.sendgrid.com", needs=("auth",), login=("password",),
+        request=sendgrid_request, replies=functools.partial(api_replies, 202, "X-Message-Id"), errors=sendgrid_errors,
+        ping=functools.partial(account_request, "/v3/scopes"),
+        account=lambda document: "the API key may send" if "mail.send" in document["scopes"] else ""),
+    AmazonSES=Relay(relay_amazonses, probe_api, 25, "https://email.{region}.amazonaws.com", ("auth", "region"),
+        request=amazonses_request, replies=functools.partial(api_replies, 200, "MessageId"), errors=amazonses_errors,
+        ping=lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()),
+        account=amazonses_account),
+    Mandrill=Relay(relay_http, probe_api, api_url="https://mandrillapp.com", needs=("auth",), login=("password",),
+        request=mandrill_request, replies=mandrill_replies,
+        errors=lambda document, _: [f"{document['name']}: {document['message']}"] * (document["status"] == "error"),
+        ping=lambda route: HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})),
+        account=lambda document: {"PONG!": "the key is good"}[document["PING"]]),
+    MSGraph=Relay(relay_http, probe_api, api_url="https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN,
+        request=msgraph_request, replies=functools.partial(api_replies, 202, "request-id"),
+        ping=functools.partial(account_request, "/v1.0/users/{user}"),
+        account=lambda document: f"the token is good for {document['id']}"),
+    GmailAPI=Relay(relay_http, probe_api, api_url="https://gmail.googleapis.com", **BY_TOKEN,
+        request=gmailapi_request, replies=functools.partial(api_replies, 200, "id"),
+        ping=functools.partial(account_request, "/gmail/v1/users/me/profile"),
+        account=lambda document: f"the token is good for {document['emailAddress']}"),
+    File=Relay(functools.partial(relay_local, save_message), probe_local,
+        destination="File {route.folder}", into_folder=True),
+    Screen=Relay(functools.partial(relay_local, print_message), probe_local, destination="Screen"),
     Discard=Relay(relay_discard, probe_local, destination="Discard"),
-)
+)  # fmt: skip
 
 # ======================================================================================================================
 # 16. Queue
@@ -8222,8 +8163,7 @@ async def run_checks(settings: Settings, options: Any) -> int:
         raise CommandError(f'"{selector}" is no selector', 2)
     domain, transport, checks = sender.domain if sender else "", TransportContext(settings.smtpd.resolver), []
     for name, route, only_domain in named_routes(settings) if options.connect else ():
-        probe = ConnectivityProbe(route, settings.hostname, only_domain or domain)
-        checks.append((name, run_probe(probe, transport)))
+        checks.append((name, run_probe(route, settings.hostname, only_domain or domain, transport)))
     if domain:
         checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
@@ -8245,19 +8185,19 @@ def named_routes(settings: Settings) -> Any:
         yield "no route", FALLBACK_ROUTE, ""
 
 
-async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
+async def run_probe(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
-    route, results = probe.route, []
+    results: list = []
     try:
         if route.oauth2:
             token = await transport.tokens.token_for(route)
             route = replace(route, credentials=(route.credentials[0], token.text))
             text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
             results.append(CheckResult("TOKEN", True, text))
-        return results + await route.row.probe(probe._replace(route=route), transport)
+        return results + await route.row.probe(route, hostname, domain, transport)
     except Rejected as rejected:
-        step = "TOKEN" if route.oauth2 and not results else rejected.reply.command
-        return [*results, failed_step(step, rejected.reply)]
+        step = "TOKEN" if route.oauth2 and not results else rejected.reply.command.replace("DATA", "AUTH")
+        return [*results, CheckResult(step, False, f"{rejected.reply.code} {': '.join(rejected.reply.message)}")]
     except OSError as error:
         return [*results, CheckResult("CONN", False, error_text(error))]
 
