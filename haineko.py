@@ -78,7 +78,6 @@ import traceback
 import urllib.parse
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
@@ -130,9 +129,7 @@ class Reply(NamedTuple):  # about one recipient: an SMTP reply, or one of Hainek
         return "sent" if self.accepted else "deferred" if self.temporary else "bounced"
 
 
-class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
-    """Exception that carries a Reply, its one argument, up the call stack."""
-
+class Rejected(Exception):  # noqa: N818 -- postmasters' word; carries a Reply, its one argument, up the call stack
     reply = property(lambda self: self.args[0])
 
 
@@ -162,13 +159,6 @@ class Transaction(NamedTuple):  # one message for some recipients by one route
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
-
-    def chunks(self) -> tuple:
-        """Return the octets with a large last part by itself, so that concurrent copies share its memory."""
-        *head, last = self.message.parts
-        if len(last) < LARGE or not head:
-            return (self.octets(),)
-        return (self._replace(message=Message((*head, b""))).octets(), last)
 
     @property
     def needs_smtputf8(self) -> bool:
@@ -306,9 +296,7 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
-class JSONObject(dict):
-    """JSON object that knows which of its keys were repeated."""
-
+class JSONObject(dict):  # that knows which of its keys were repeated
     duplicate_keys: tuple = ()
 
     def __init__(self, pairs: list) -> None:
@@ -527,11 +515,10 @@ PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens,
     "google": ("https://oauth2.googleapis.com/token", *["https://mail.google.com/"] * 2),
 }  # fmt: skip
 LIBCRYPTO = {  # function: types of its result and arguments in ctypes
-    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
+    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "", "EVP_sha256": "void_p",
     "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
-    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
-    "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
+    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "i2d_PUBKEY": "int void_p void_p",
+    "EVP_DigestSignInit": "int" + 5 * " void_p", "EVP_DigestSign": "int void_p char_p void_p char_p size_t",
 }  # fmt: skip
 
 
@@ -761,14 +748,13 @@ class Authenticator:
         return user if right else ""
 
 
-def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
-    """Parse a hash, or an object that has one; without it there is no login."""
+def parse_login(value: Any, json_path: str, errors: list) -> Login:
+    """Parse a hash, or an object that has one."""
     if not isinstance(value, dict):
         value = {"hash": parse_password_hash(value, json_path, errors)}
     elif not value.get("hash"):
         errors.append(f"{json_path}.hash: expected a hash")
-    login = from_dict(Login, value, json_path, errors)
-    return login if login.hash else None
+    return from_dict(Login, value, json_path, errors)
 
 
 def verify_password(line: str, password: str) -> bool:
@@ -1053,7 +1039,7 @@ def load_settings(path: str | None) -> tuple:
             files[file] = stat_key(file)
             raw[section] = read_json_file(file, f"{section}: {file}", errors)
     settings = from_dict(Settings, raw, "", errors)
-    paths = {error.partition(": ")[0] for error in errors}
+    causes = tuple(error.partition(": ")[0] + mark for error in errors for mark in ".:[")  # what else is there follows
     for json_path, source, how in resolve_secrets(settings, "", base, errors):
         if isinstance(source, str):
             exposed.add(aside.get(json_path.partition(".")[0], path))
@@ -1062,9 +1048,8 @@ def load_settings(path: str | None) -> tuple:
             files[name] = stat_key(name)
     exposed = sorted(file for file in exposed if files[file] and files[file][3] & 0o004)
     errors += [f"{file}: holds secrets and can be read by everybody; chmod 600 {file}" for file in exposed]
-    causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")  # errors behind them only follow
     settings, dependent = resolve_settings(replace(settings, path=path, files=tuple(files.items())), [])
-    dependent = [error for error in dependent if not ("authinfo" in paths and "in authinfo" in error)]
+    dependent = [error for error in dependent if not ("authinfo:" in causes and "in authinfo" in error)]
     return settings, errors + [error for error in dependent if not error.startswith(causes)]
 
 
@@ -1094,8 +1079,7 @@ def read_regular(path: str, forbidden: int = 0) -> bytes:
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "is not a regular file", path)
         if mode & forbidden:
-            verb = "written" if mode & 0o002 else "read"
-            raise OSError(errno.EPERM, f"can be {verb} by everybody; chmod 600 {path}", path)
+            raise OSError(errno.EPERM, f"can be {'written' if mode & 2 else 'read'} by everybody; chmod 600 {path}")
         return stream.read()
 
 
@@ -1414,7 +1398,7 @@ class Log:
                 if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
                     lines = octets.count(b"\n", start)
                     self.lost, self.lost_ever = self.lost + lines, self.lost_ever + lines
-                    return False
+                    break
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if self.lost:
                         os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.LOST.format(self.lost)}\n".encode())
@@ -1422,8 +1406,7 @@ class Log:
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
-            return True
-        return False
+        return start == len(octets)
 
     def _to_syslog(self, head: str, line: str) -> None:
         """Send a line to a daemon that may be absent, another one or stuck, where syslog.syslog() would block."""
@@ -1458,8 +1441,7 @@ def json_line(level: str, event: str, message: str, fields: dict) -> str:
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
     shown = {key: LOG_FORMS.get(key, str)(value) for key, value in fields.items()}
-    limits = {"to": MAX_TO} if "relay" in fields else {}
-    pairs = [f"{key}={log_value(value, limits.get(key, 500))}" for key, value in shown.items()]
+    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' else 500)}" for key, value in shown.items()]
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
@@ -2925,7 +2907,7 @@ class EventLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         self.tasks: set = set()  # asyncio itself holds weak references only
         self.sends: list = []  # AsyncSockets with something to send
-        self.set_default_executor(ThreadPoolExecutor(256))  # a dead host holds 32, while sessions to it are opened
+        self.set_default_executor(concurrent.futures.ThreadPoolExecutor(256))  # a dead host's new sessions hold 32
         self.set_exception_handler(log_task_fault)
 
     def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task:
@@ -4161,7 +4143,11 @@ class Session(smtplib.SMTP):
         if utf8 and not self.has_extn("smtputf8"):
             return await self._transact_in_ascii(transaction)
         self.in_data = self.eod_sent = False
-        chunks = transaction.chunks()
+        *head, last = transaction.message.parts
+        if head and len(last) >= LARGE:  # apart, so that concurrent copies share its memory
+            chunks: tuple = (transaction._replace(message=Message((*head, b""))).octets(), last)
+        else:
+            chunks = (transaction.octets(),)
         if transaction.message.needs_8bitmime and not self.has_extn("8bitmime"):
             chunks = (await asyncio.to_thread(downgrade_8bit, transaction.octets()),)
         script = envelope_commands(transaction, utf8, sum(map(len, chunks)), self.esmtp_features)
@@ -5565,7 +5551,7 @@ class QueueDB:
         self.settings, self.wake_socket = settings, wake_socket
         self.waiting: list = []  # of (operation, values, future)
         self.committing: asyncio.Task | None = None
-        self.thread = ThreadPoolExecutor(1)
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.db: Any = None
         self.file_ids: list = []  # of the files as they were opened
         self.slot = 1 + int.from_bytes(os.urandom(4), "big")  # owner of this process's leases; no other has the number
