@@ -3523,14 +3523,9 @@ class HTTPConnectionPool:
         self.idle: dict = {}
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
-        """Return the response; Rejected if there is none by the target's timeout."""
         idle = self.idle.get(target)
         connection = idle.pop() if idle else KeepAliveConnection(target)
-        watchdog = asyncio.get_running_loop().call_later(target.timeout, connection.abort)
-        try:
-            response = await asyncio.to_thread(connection.exchange, request)
-        finally:
-            watchdog.cancel()
+        response = await connection.fetch(request)
         idle = self.idle.setdefault(target, [])
         if connection.sock and not connection.aborted and len(idle) < self.MAX_IDLE:
             connection.expires = time.monotonic() + self.IDLE
@@ -3571,8 +3566,18 @@ class KeepAliveConnection(http.client.HTTPConnection):
         self.target, self.sent, self.aborted, self.transport = target, False, False, None
         self.expires = 0.0  # when it is closed if it stays idle; not 0.0 if it was used before
 
-    def exchange(self, request: HTTPRequest) -> HTTPResponse:
-        """Return the response; Rejected if there is none. Blocks, but abort() ends it."""
+    async def fetch(self, request: HTTPRequest) -> HTTPResponse:
+        """Return the response; Rejected if there is none by the target's timeout."""
+        watchdog = asyncio.get_running_loop().call_later(self.timeout, self.abort)
+        try:
+            return await asyncio.to_thread(self._exchange, request)
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        finally:
+            watchdog.cancel()
+
+    def _exchange(self, request: HTTPRequest) -> HTTPResponse:
         if self.expires and self.sock and is_readable(self.sock):
             self.close()
         kept, self.sent = self.expires and self.sock, False
@@ -3593,12 +3598,12 @@ class KeepAliveConnection(http.client.HTTPConnection):
         except (OSError, http.client.HTTPException) as error:
             self.close()
             if kept and not self.sent and not self.aborted:
-                return self.exchange(request)  # once, by a new connection
+                return self._exchange(request)  # once, by a new connection
             error = socket.timeout("timed out") if self.aborted else error
             slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
             reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
             raise Rejected(reply) from None
-        if not self.sent:
+        if self.aborted or not self.sent:
             self.close()
         log.dialogue(host, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
         return response
@@ -3621,7 +3626,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
             raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
 
     def abort(self) -> None:
-        """Have a thread that is in exchange() fail: the deadline has passed, however fast the peer still sends."""
+        """Have a thread that is in _exchange() fail: the deadline has passed, however fast the peer still sends."""
         self.aborted = True
         with contextlib.suppress(OSError, TypeError):  # closed, or not open yet
             socket.socket.shutdown(self.transport, socket.SHUT_RDWR)
@@ -8301,7 +8306,7 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.connect(url[5:])
         with contextlib.closing(connection):
-            response = connection.exchange(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials)))
+            response = run(connection.fetch(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials))))
     except (Rejected, OSError) as error:
         reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error.strerror
         raise CommandError(f"{url}: {reason}", 1) from None
