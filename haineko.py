@@ -160,10 +160,6 @@ class Transaction(NamedTuple):  # one message for some recipients by one route
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
 
-    @property
-    def needs_smtputf8(self) -> bool:
-        return self.message.needs_smtputf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
-
 
 TransactionResult = namedtuple("TransactionResult", "transaction replies ms")  # with a Reply for each recipient
 
@@ -529,12 +525,10 @@ def parse_ip(text: str) -> IPAddress:
     return getattr(found, "ipv4_mapped", None) or found
 
 
-class Networks:
-    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
-
-    def __init__(self, texts: tuple = ()) -> None:
-        self.texts, self.prefixes = texts, defaultdict(set)  # {(IP version, bits that follow the prefix): {prefix}}
-        for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
+class Networks:  # a set; `address in networks` takes as long for 100,000 of them as for ten
+    def __init__(self, texts: Any = ()) -> None:
+        self.texts, self.prefixes = tuple(texts), defaultdict(set)  # {(IP version, bits after the prefix): {prefix}}
+        for network in [ipaddress.ip_interface(text).network for text in self.texts]:
             shift = network.max_prefixlen - network.prefixlen
             self.prefixes[network.version, shift].add(int(network.network_address) >> shift)
 
@@ -603,11 +597,9 @@ def iso_time(text: str) -> float:
 
 
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
-parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
-parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
+parse_networks = list_of(matching(ipaddress.ip_interface, "an IP address or network"), Networks)
 LISTEN_ADDRESS = re.compile(rf"(?:[^:]+|\[[^]]+\]):{PORT}|unix:/.*")
-parse_listen_address = matching(LISTEN_ADDRESS, '"host:port", "[v6]:port" or "unix:/path"')
-parse_listen = list_of(parse_listen_address, required=True)
+parse_listen = list_of(matching(LISTEN_ADDRESS, '"host:port", "[v6]:port" or "unix:/path"'), required=True)
 parse_host = matching(  # or a folder, for the relay File
     lambda text: text[:1] == "/" or DOMAIN.fullmatch(text) or ipaddress.ip_address(text), "a host name or an IP address"
 )
@@ -622,7 +614,6 @@ parse_rate = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional
 parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: {"file": name})
 parse_domain = matching(domain_key, "a domain", convert=domain_key)
 PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
-parse_plain_address = matching(PLAIN_ADDRESS, "an address")
 parse_recipient = matching(lambda text: "@" in text and match_key(text), "an address", convert=match_key)
 parse_fence = list_of(matching(match_key, 'an address, "example.org" or ".example.org"', convert=match_key), frozenset)
 parse_alias = list_of(matching(lambda text: "@" in text and match_key(text), "an address"), required=True)
@@ -779,9 +770,7 @@ def scrypt_cost(line: str) -> int:
     return (int(found[3]) * int(found[2]) << int(found[1])) >> 17 if found else 0
 
 
-class PrivateKey:
-    """Private key in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
-
+class PrivateKey:  # in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already
     def __init__(self, pem: bytes) -> None:
         ctypes, crypto = libcrypto()
         source = crypto.BIO_new_mem_buf(pem, len(pem))
@@ -824,15 +813,13 @@ def libcrypto() -> tuple:
     import ctypes
 
     for module in ("_hashlib", "_ssl"):  # are linked with libcrypto, or Python itself is (None)
-        try:
+        with contextlib.suppress(OSError, AttributeError):
             library = ctypes.CDLL(getattr(sys.modules.get(module), "__file__", None))
             for name, prototype in LIBCRYPTO.items():
                 result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
                 function = getattr(library, name)
                 function.restype, function.argtypes = result or None, arguments
             return ctypes, library
-        except (OSError, AttributeError):
-            continue
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
 
 
@@ -868,7 +855,7 @@ class Smtpd:
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
     aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
-    redirect: tuple = config_field((), list_of(parse_plain_address), "staging: all mail goes there instead")
+    redirect: tuple = config_field((), list_of(matching(PLAIN_ADDRESS, "an address")), "staging: where all mail goes")
     subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     log: str = config_field("text", one_of(("text", "json"), "form of the log"), "text, or json: one object a line")
     syslog: Syslog = config_field(Syslog(), Syslog, "the log")
@@ -1027,10 +1014,9 @@ class Settings:
 
 
 def load_settings(path: str | None) -> tuple:
-    """Return (Settings, errors) of a settings file; without one all mail is printed."""
+    """Return (Settings, errors) of a settings file; without one mail may go to everybody, and is printed."""
     if path is None:
-        screen = {"default": Route(mailer="Screen")}
-        return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
+        return resolve_settings(Settings(recipients=Recipients(True), mailertable={"default": Route("Screen")}), [])
     errors, base, aside, exposed, files = [], os.path.dirname(path), {}, set(), {path: stat_key(path)}
     raw = read_json_file(path, path, errors)
     for section, name in raw.items():
@@ -1189,8 +1175,7 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     oauth2 = login.oauth2 if not row.api_url or "oauth2" in row.login else None
-    if login.token and not row.api_url:
-        oauth2 = oauth2 or OAuth2(access_token=login.token)
+    oauth2 = oauth2 or (OAuth2(access_token=login.token) if login.token and not row.api_url else None)
     if oauth2 and not oauth2.scope:
         scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
         oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
@@ -1283,8 +1268,7 @@ def example_settings() -> dict:
     folder, discard = {"mailer": "/var/spool/haineko", "disabled": True}, {"mailer": "Discard", "disabled": True}
     settings["mailertable"] = {"default": route, "example.com": discard, ".example.net": folder}
     settings["sendermt"] = {"example.net": {"mailer": "Screen", "disabled": True}}
-    settings["authinfo"] = {"relay": {"username": "", "password": ""}}
-    return settings
+    return {**settings, "authinfo": {"relay": {"username": "", "password": ""}}}
 
 
 # ======================================================================================================================
@@ -1304,19 +1288,17 @@ class Log:
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
     LOST = "{} lines were lost, since nobody read them"
     PATIENCE = 0.1  # seconds for a reader that is slow; then lines are dropped and counted until it reads again
-
-    def __init__(self) -> None:
-        self.devel = False  # SMTP dialogues are shown, too
-        self.trace: Any = contextvars.ContextVar("trace", default=None)  # list of a task that collects its dialogue
-        self.facility: int | None = None  # of syslog lines; None: they go to stderr
-        self.is_json = self.is_journal = False  # a JSON object a line; to systemd's journal, which adds time and name
-        self.syslog: socket.socket | None = None
-        self.buffer: list | None = None  # texts that wait for flush()
-        self.loop: Any = None  # event loop that calls flush()
-        self.stderr = 2  # a file descriptor
-        self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
-        self.quiet = False  # lines for stderr are dropped
-        self.lost = self.lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
+    devel = False  # SMTP dialogues are shown, too
+    trace: Any = contextvars.ContextVar("trace", default=None)  # list of a task that collects its dialogue
+    facility: int | None = None  # of syslog lines; None: they go to stderr
+    is_json = is_journal = False  # a JSON object a line; to systemd's journal, which adds time and name
+    syslog: socket.socket | None = None
+    buffer: list | None = None  # texts that wait for flush()
+    loop: Any = None  # event loop that calls flush()
+    stderr = 2  # a file descriptor
+    path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
+    quiet = False  # lines for stderr are dropped
+    lost = lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
 
     def open(self, settings: Syslog, form: str = "text") -> None:
         self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
@@ -1456,9 +1438,7 @@ class Metrics:
     """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
-
-    def __init__(self) -> None:
-        self.allocate({}, 1)  # nothing is counted yet
+    columns: dict = {}  # noqa: RUF012 -- nothing is counted before allocate()
 
     def allocate(self, table: dict, rows: int) -> None:
         """Make room for metrics {name: (type, help, {label: its values})}; the last row is this process's."""
@@ -4144,7 +4124,8 @@ class Session(smtplib.SMTP):
 
     async def transact(self, transaction: Transaction) -> list:
         """Return a Reply for every recipient, whatever happens (RFC 5321 3.3)."""
-        utf8 = transaction.needs_smtputf8
+        envelope = "".join([transaction.sender, *transaction.recipients])
+        utf8 = transaction.message.needs_smtputf8 or not envelope.isascii()
         if utf8 and not self.has_extn("smtputf8"):
             return await self._transact_in_ascii(transaction)
         self.in_data = self.eod_sent = False
@@ -7897,7 +7878,7 @@ def command_serve(options: Any) -> int:
 def prepare_server(options: Any) -> tuple:
     """Return a server's Settings and its listening sockets."""
     settings, errors, changes = usable_settings(options.config), [], {}
-    for name, parse in (("listen", list_of(parse_listen_address)), ("workers", integer(0, 256))):
+    for name, parse in (("listen", parse_listen), ("workers", integer(0, 256))):
         if getattr(options, name) is not None:
             changes[name] = parse(getattr(options, name), f"--{name}", errors)
     if errors:

@@ -2409,7 +2409,7 @@ class SettingsFile(Folder):
         for value, good in cases:
             with self.subTest(value):
                 faults: list = []
-                haineko.parse_listen_address(value, "w", faults)
+                haineko.parse_listen(value, "w", faults)
                 self.assertEqual(not faults, good, faults)
 
     def test_names_of_relays(self):
