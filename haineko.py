@@ -5873,7 +5873,8 @@ RELAYS.update(
 # ======================================================================================================================
 
 MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
-NEWER_VERSION = "is of a newer version,"
+SCHEMA_VERSION = 2  # PRAGMA user_version of the file
+OTHER_VERSION = "is of version"
 RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
 MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
 MAX_REPLY_LINES = 10  # lines kept of a reply
@@ -5881,10 +5882,14 @@ MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last o
 SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
 MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
+MAX_BATCH = 256  # operations in one transaction; other processes wait for its end
 NEXT_SQL = "SELECT min(destination) FROM recipients WHERE due IS NOT NULL AND destination>?"  # one index search
-WAITING_SQL = "SELECT id, interruptions, {} FROM recipients WHERE destination=? AND due IS NOT NULL AND"
-DUE_SQL = f"{WAITING_SQL.format(0)} due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = f"{WAITING_SQL.format(1)} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
+WAITING_SQL = (
+    "SELECT r.*, queueid, kind, sender, login, parts, octets, {} AS expired FROM recipients r"
+    " JOIN messages m ON m.id=r.message WHERE destination=? AND due IS NOT NULL AND "
+)
+DUE_SQL = WAITING_SQL.format(0) + "due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = WAITING_SQL.format(1) + "r.created_at<=? AND attempts>=? ORDER BY r.created_at LIMIT ?"
 STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
 WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
 
@@ -5919,11 +5924,6 @@ def attempt_result(reply: Reply, attempts: int, age: float, jitter: float, setti
     return AttemptResult(reply, "open", min(max(pause, reply.retry_after), left))
 
 
-class Attempt(NamedTuple):
-    time: float
-    reply: Reply
-
-
 class NewRecipient(NamedTuple):
     as_written: str  # by the client
     recipient: str  # as passed to relays
@@ -5949,7 +5949,7 @@ class LeasedRecipient(NamedTuple):
     item: QueueItem  # without its recipients, created when its lifetime began
     to: NewRecipient
     attempts: int
-    history: tuple = ()  # of Attempt
+    history: list = ()  # of (time, Reply), of each attempt
     expired: bool = False  # to be given up without another attempt
 
 
@@ -5990,7 +5990,9 @@ def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: S
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> QueueItem:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
     item, to, queueid = leased.item, leased.to.recipient, new_queueid(now)
-    header = returned_header(item.message.copy(to, leased.to.number))
+    header = b""  # the fields by which a sender recognizes the message, as far as they are short
+    for match in RETURNED_FIELD.finditer(item.message.copy(to, leased.to.number).partition(b"\r\n\r\n")[0] + b"\r\n"):
+        header += match[0] if len(header) + len(match[0]) <= MAX_RETURNED else b""
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
     text = BOUNCE_TEMPLATE.format(
         item=item, to=to, attempts=leased.attempts, hostname=settings.hostname, queueid=queueid,
@@ -6006,14 +6008,6 @@ def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: f
     destination = destination_key(resolve_route(domain, "", settings)[0], domain)
     sender = NewRecipient(item.sender, item.sender, 1, destination)
     return QueueItem(queueid, "mail", "", item.login, now, message, (sender,))
-
-
-def returned_header(octets: bytes) -> bytes:
-    """Return the fields by which a sender recognizes the message, as far as they are short."""
-    found = b""
-    for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
-        found += match[0] if len(found) + len(match[0]) <= MAX_RETURNED else b""
-    return found
 
 
 RETURNED_FIELD = re.compile(rb"(?im)^(?:From|To|Subject|Date|Message-Id):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
@@ -6115,7 +6109,7 @@ class QueueDB:
 
     async def _commit_waiting(self) -> None:
         while self.waiting:
-            batch, self.waiting = self.waiting, []
+            batch, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
             work = [(operation, values) for operation, values, _ in batch]
             results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
             for (_, _, future), result in zip(batch, results):
@@ -6228,9 +6222,14 @@ class QueueDB:
                 os.close(open_private(name, os.O_RDONLY))
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            db.execute(f"PRAGMA {pragma}")
-        migrate(db)
+        db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if not version:
+            db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
+        elif version != SCHEMA_VERSION:
+            older = "an older one: let the Haineko that wrote it deliver what waits, then delete it"
+            what = "newer than this Haineko's" if version > SCHEMA_VERSION else older
+            raise OSError(f"{OTHER_VERSION} {version}, {what}")
         self.file_ids = list(map(file_id, paths))
         return db
 
@@ -6285,32 +6284,6 @@ SCHEMA = """
     CREATE INDEX recipients_by_age ON recipients(destination, created_at) WHERE due IS NOT NULL;
     CREATE INDEX recipients_held ON recipients(destination) WHERE state='held'
 """
-# Each upgrades a file from the version before (PRAGMA user_version), the first one from version 1 to 2.
-MIGRATIONS = (
-    """
-    ALTER TABLE messages RENAME COLUMN born TO created_at;
-    ALTER TABLE messages RENAME COLUMN open TO open_recipients;
-    ALTER TABLE messages RENAME COLUMN done TO completed_at;
-    ALTER TABLE messages RENAME COLUMN body TO body_digest;
-    ALTER TABLE messages RENAME COLUMN answer TO response;
-    ALTER TABLE recipients RENAME COLUMN given TO as_written;
-    ALTER TABLE recipients RENAME COLUMN lane TO destination;
-    ALTER TABLE recipients RENAME COLUMN born TO created_at;
-    ALTER TABLE recipients ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;
-    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held';
-    DROP INDEX messages_by_owner
-    """,
-)
-
-
-def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
-    """Bring the file to the newest version in one transaction; refuse a newer one."""
-    version, newest = db.execute("PRAGMA user_version").fetchone()[0], 1 + len(migrations)
-    if version > newest:
-        raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    if version < newest:
-        script = ";".join(migrations[version - 1 :] if version else (SCHEMA,))
-        db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version={newest}; COMMIT")
 
 
 # -- Operations on the file, called as operation(db, slot, *values) within a transaction; rows are sqlite3.Row
@@ -6386,7 +6359,7 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
 
 
 def close_recipients(db: Any, message: int, count: int, now: float) -> None:
-    """Count recipients that are done with; after the last one delete the octets; the result stays until purge()."""
+    """Count recipients that are done with; after the last one delete the octets; the result stays for a day."""
     db.execute("UPDATE messages SET open_recipients=open_recipients-? WHERE id=?", (count, message))
     db.execute("UPDATE messages SET completed_at=?, octets=x'' WHERE id=? AND open_recipients<=0", (now, message))
 
@@ -6399,12 +6372,10 @@ def add_attempt(history: str, now: float, reply: Reply) -> str:
     return ENCODER.encode(attempts[:1] + attempts[1:][1 - MAX_HISTORY :])
 
 
-def parse_history(history: str) -> tuple:
-    """Return the Attempts that add_attempt() wrote."""
-    return tuple([
-        Attempt(when, Reply(code, dsn, command, tuple(lines), *place))
-        for when, code, dsn, command, lines, *place in json.loads(history)
-    ])  # fmt: skip
+def parse_history(history: str) -> list:
+    """Return (time, Reply) of each attempt that add_attempt() wrote."""
+    attempts = json.loads(history)
+    return [(at, Reply(code, dsn, step, tuple(lines), *host)) for at, code, dsn, step, lines, *host in attempts]
 
 
 def lease_due(db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired: float) -> list:
@@ -6421,31 +6392,32 @@ def lease_due(db: Any, slot: int, now: float, limit: int, in_flight: dict, throt
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
             rows += db.execute(EXPIRED_SQL, (destination, expired, attempts, MAX_EXPIRED)).fetchall()
-        for row_id, interruptions, is_expired in {row["id"]: row for row in rows}.values():
-            if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
-                suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
-                leased.append(lease(db, slot, row_id, is_expired))
+        for row in {row["id"]: row for row in rows}.values():
+            if row["interruptions"] >= MAX_INTERRUPTIONS - 1 and suspect:
+                continue
+            try:
+                leased.append(leased_recipient(row))
+                db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row["id"]))
+                suspect = suspect or row["interruptions"] >= MAX_INTERRUPTIONS - 1
+            except (ValueError, TypeError):  # the file is damaged; the row would keep all others from being read
+                log_exception(row["queueid"])
+                db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row["id"],))
         free -= len(rows)
     return leased
 
 
-def lease(db: Any, slot: int, row_id: int, is_expired: int) -> LeasedRecipient:
-    db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
-    row = db.execute(
-        "SELECT r.*, queueid, kind, sender, login, parts, octets"
-        " FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
-    ).fetchone()  # fmt: skip
+def leased_recipient(row: Any) -> LeasedRecipient:
     history, octets, parts = parse_history(row["history"]), io.BytesIO(row["octets"]), json.loads(row["parts"])
     flags, *lengths = [part for part in parts if type(part) is int]
     dsn = tuple([part for part in parts if type(part) is str]) or DEFAULT_DSN  # absent in files of older versions
     message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn)
     item = QueueItem(row["queueid"], row["kind"], row["sender"], row["login"], row["created_at"], message)
     to = NewRecipient(*[row[name] for name in NewRecipient._fields])
-    return LeasedRecipient(row_id, item, to, row["attempts"], history, bool(is_expired and history))
+    return LeasedRecipient(row["id"], item, to, row["attempts"], history, bool(row["expired"] and history))
 
 
-def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
-    """Release the leases of processes that have ended; `queue_db` has the lock file."""
+def maintain(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
+    """Release the leases of processes that have ended (`queue_db` has the lock file); delete some of what is old."""
     sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
     for (owner,) in db.execute(sql, (slot,)).fetchall():
         try:
@@ -6454,6 +6426,8 @@ def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> No
             continue
         release_leases(db, owner, queue_db.settings, now)
         fcntl.lockf(queue_db.locks, fcntl.LOCK_UN, 1, owner)
+    sql = "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE completed_at<? LIMIT 500)"
+    db.execute(sql, (now - RETENTION,))
 
 
 def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, where: str = "", *values: Any) -> None:
@@ -6470,12 +6444,6 @@ def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, whe
         result = AttemptResult(reply, "held" if held else "open", pause, interruptions=count)
         finish_attempt(db, owner, row["id"], result, now)
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
-
-
-def purge(db: Any, slot: int, now: float) -> None:
-    """Delete some of what was completed long ago."""
-    sql = "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE completed_at<? LIMIT 500)"
-    db.execute(sql, (now - RETENTION,))
 
 
 def message_status(db: Any, slot: int, queueid: str) -> dict | None:
@@ -6554,8 +6522,7 @@ class QueueManager:
             try:
                 if time.monotonic() - checked_at > 1:
                     checked_at = time.monotonic()
-                    await self.db.do(reclaim_dead_leases, self.db, now)
-                    await self.db.do(purge, now)
+                    await self.db.do(maintain, self.db, now)
                     if now - checked_at < clock_offset - 60:  # the clock was set back, perhaps while no process ran
                         await self.db.do(correct_due, self.db.settings, now)
                     clock_offset = now - checked_at  # from time.monotonic()
@@ -6591,14 +6558,13 @@ class QueueManager:
 
     async def _attempt_and_record(self, leased: LeasedRecipient) -> None:
         """Make an attempt, log and record its result; if the mail has expired, that of the last attempt is final."""
-        settings, item = self.app.settings, leased.item
+        settings, item, destination = self.app.settings, leased.item, ""
         if leased.expired:
-            reply, result = leased.history[-1].reply, AttemptResult(None, "failed")
+            (_, reply), result = leased.history[-1], AttemptResult(None, "failed")
         else:
             reply, destination = await self._attempt(leased, settings)
             leased, age = leased._replace(attempts=leased.attempts + 1), time.time() - item.created_at
             result = attempt_result(reply, leased.attempts, age, random_unit(), settings.queue)
-            result = result._replace(destination=destination)
             self._throttle(leased.to.destination, reply, settings.queue)
         now, state, relay = time.time(), result.state, (reply.mailer or "")
         note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
@@ -6609,11 +6575,12 @@ class QueueManager:
         if item.kind == "event":
             metrics.add("haineko_webhook_events_total", "deferred" if state == "open" else state)
         else:
-            outcome = {"delivered": "accepted", "failed": "failed"}.get(state)
-            outcome = outcome or ("unsure" if reply.maybe_delivered else "deferred")
+            waits = "unsure" if reply.maybe_delivered else "deferred"
+            outcome = {"delivered": "accepted", "open": waits, "failed": "failed"}[state]
             relay = "File" if relay.startswith("/") else relay if relay in RELAYS else "other"
             metrics.add("haineko_recipients_total", relay, outcome)
-        result = result._replace(follow_ups=notifications(leased, reply, state, settings, now))
+        follow_ups = notifications(leased, reply, state, settings, now)
+        result = result._replace(destination=destination, follow_ups=follow_ups)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
@@ -6729,8 +6696,8 @@ class Mail(NamedTuple):
 
 async def submit(request: Request, app: App) -> Response:
     """Answer POST /submit: take a mail from its JSON to the replies of the other side."""
-    settings, queueid = request.settings or app.settings, new_queueid(request.now)
-    mail = await prepare(request, parse_submission, request.body, settings, queueid)
+    settings = request.settings = request.settings or app.settings
+    mail = await prepare(request, parse_submission, request.body)
     if not mail.transactions:
         return respond(request, mail)
     if mail.submission.dry_run:
@@ -6743,42 +6710,43 @@ async def submit(request: Request, app: App) -> Response:
         results: list = []
         if mail.is_async:
             announce_queued(request, [item], app)
-            replies = [queued_reply(queueid)] * len(mail.accepted)
+            replies = [queued_reply(mail.queueid)] * len(mail.accepted)
         else:
             replies = log_results(request, await deliver(mail.transactions, app.transport, settings))
             if app.queue:
-                replies, results = await queue_deferred(request, mail, replies, settings, app)
+                replies, results = await queue_deferred(request, mail, replies, app)
         count_recipients(mail.transactions, replies)
         mail.add_replies(replies)
         response = respond(request, mail)
         if mail.key:
-            await app.queue.do_eventually(finish_request, queueid, results, serialize_response(response), time.time())
+            outcome = mail.queueid, results, serialize_response(response), time.time()
+            await app.queue.do_eventually(finish_request, *outcome)
         return response
     except Rejected as error:
         return respond(request, mail._replace(replies={None: error.reply}))
     except Exception:  # a bug: what this request has leased is left to the queue
         if app.queue:
-            lease = app.queue.settings, time.time(), " AND m.queueid=?", queueid
+            lease = app.queue.settings, time.time(), " AND m.queueid=?", mail.queueid
             await app.queue.do_eventually(release_leases, *lease)
         raise
 
 
-async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> Mail:
+async def prepare(request: Request, parse: Callable, body: Any) -> Mail:
     """Parse, check, compose and plan a mail, in a thread if it takes long; parse(body) returns a SubmissionResult."""
-    submission = None
+    submission, queueid = None, new_queueid(request.now)
     try:
-        values = request, parse, body, settings
+        values = request, parse, body
         parsed = await asyncio.to_thread(parse_and_check, *values) if is_expensive(body) else parse_and_check(*values)
         submission, replies, accepted, digest = parsed
-        is_async, key = queue_options(request, submission, settings)
+        is_async, key = queue_options(request, submission)
         if not accepted:
             return Mail(queueid, submission, replies)
         if body is request.body:
             request.body = body = b""  # its memory is needed for the message
-        values = request, submission, settings, queueid, accepted
+        values = request, submission, queueid, accepted
         in_thread = is_expensive(submission)
         message = await asyncio.to_thread(compose_and_check, *values) if in_thread else compose_and_check(*values)
-        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        transactions, accepted = plan_transactions(submission, message, accepted, request.settings, queueid)
     except Rejected as error:
         return Mail(queueid, submission, {None: error.reply})
     if submission.attachments or submission.raw:  # they only fill memory now
@@ -6798,13 +6766,13 @@ def count_recipients(transactions: list, replies: list) -> None:
         metrics.add("haineko_recipients_total", relay, outcome)
 
 
-def parse_and_check(request: Request, parse: Callable, body: Any, settings: Settings) -> tuple:
+def parse_and_check(request: Request, parse: Callable, body: Any) -> tuple:
     """Return (Submission, {recipient: the Reply that refuses it, or None}, Mailboxes of the others, digest of the
     document if there is an Idempotency-Key); raise Rejected with every error, or by the first check that fails."""
     submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
-    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
+    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, request.settings)
     recipients = unique_recipients(submission)
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
@@ -6818,10 +6786,9 @@ def document_digest(body: Any) -> bytes:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
-def compose_and_check(
-    request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
-) -> Message:
+def compose_and_check(request: Request, submission: Submission, queueid: str, accepted: list) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
+    settings = request.settings
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
     shown = apply_staging(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
@@ -6882,10 +6849,10 @@ def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
         log_reply("rejection", reply, reply.log_status, None, **fields)
 
 
-def queue_options(request: Request, submission: Submission, settings: Settings) -> tuple:
+def queue_options(request: Request, submission: Submission) -> tuple:
     """Return (whether to answer at once, digest of login, path and Idempotency-Key or None). Both need a queue."""
     key, later = request.headers.get("idempotency-key"), submission.send_at is not None
-    if not settings.queue:
+    if not request.settings.queue:
         asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
         if any(asked.values()):  # to ignore them would be unsafe; Prefer may be ignored
             raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
@@ -6925,11 +6892,11 @@ def announce_queued(request: Request, items: list, app: App) -> None:
     app.queue.wake_manager()
 
 
-async def queue_deferred(request: Request, mail: Mail, replies: list, settings: Settings, app: App) -> tuple:
+async def queue_deferred(request: Request, mail: Mail, replies: list, app: App) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
     if not (mail.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now = new_item(request, mail), time.time()
+    item, settings, now = new_item(request, mail), request.settings, time.time()
     results = [attempt_result(reply, 1, 0.0, random_unit(), settings.queue) for reply in replies]
     waiting = [i for i, result in enumerate(results) if result.state == "open"]
     for i in waiting:  # only a delay is reported, since the response has the others
@@ -6976,7 +6943,7 @@ def stored_response(text: str) -> Response:
 def current_reply(queueid: str, row: Any) -> Reply:
     """Return the reply for the state of a recipient in the queue."""
     history = parse_history(row["history"])
-    reply = history[-1].reply if history else None
+    _, reply = history[-1] if history else (0, None)
     return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
 
 
@@ -7004,37 +6971,32 @@ def plan_transactions(
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
-    if len(transactions) == 1:
-        return [await run_transaction(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
-
-    async def one(transaction: Transaction) -> TransactionResult:
-        async with limit:
-            return await run_transaction(transaction, transport)
-
-    return await asyncio.gather(*map(one, transactions))
+    runs = [run_transaction(transaction, transport, limit) for transaction in transactions]
+    return [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
 
 
-async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
+async def run_transaction(transaction: Transaction, transport: TransportContext, limit: Any) -> TransactionResult:
     """Attempt a transaction, and again as its route says for recipients that failed temporarily; trace it if asked."""
-    if transaction.trace:
-        log.trace.set(lines := [])
-    result, route = await attempt_transaction(transaction, transport), transaction.route
-    replies, started = result.replies, time.monotonic() - result.ms / 1000
-    for _ in range(route.retry):
-        waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
-        pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
-        if not waiting or pause > max(route.sleep, MAX_INLINE_WAIT):
-            break  # the client reads Retry-After
-        await asyncio.sleep(pause)
-        recipients = tuple([transaction.recipients[i] for i in waiting])
-        again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
-        for i, reply in zip(waiting, again.replies):
-            replies[i] = reply
-    if transaction.trace:
-        log.trace.set(None)
-        replies = [reply._replace(dialogue=tuple(lines)) for reply in replies]
-    return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
+    async with limit:
+        if transaction.trace:
+            log.trace.set(lines := [])
+        result, route = await attempt_transaction(transaction, transport), transaction.route
+        replies, started = result.replies, time.monotonic() - result.ms / 1000
+        for _ in range(route.retry):
+            waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
+            pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
+            if not waiting or pause > max(route.sleep, MAX_INLINE_WAIT):
+                break  # the client reads Retry-After
+            await asyncio.sleep(pause)
+            recipients = tuple([transaction.recipients[i] for i in waiting])
+            again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
+            for i, reply in zip(waiting, again.replies):
+                replies[i] = reply
+        if transaction.trace:
+            log.trace.set(None)
+            replies = [reply._replace(dialogue=tuple(lines)) for reply in replies]
+        return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
 
 
 def http_status(replies: Any) -> int:
@@ -7150,7 +7112,7 @@ async def answer_provider(request: Request, app: App) -> Response:
     except ValueError as error:
         raise Rejected(make_reply("json", sanitize(str(error)))) from None
     mails, dry_run = provider.read(document), provider.is_test(document) or is_postmark_test(request)
-    prepared = await prepare_mails(request, mails, provider, settings)
+    prepared = await prepare_mails(request, mails, provider)
     ready, permissive = [mail for mail in prepared if mail.transactions], provider.is_permissive(request)
     for mail in prepared:
         if mail.error and not permissive:
@@ -7171,11 +7133,11 @@ async def answer_provider(request: Request, app: App) -> Response:
     return await store_mails(request, ready, response, app) if ready and app.queue and not dry_run else response
 
 
-async def prepare_mails(request: Request, mails: list, provider: Provider, settings: Settings) -> list:
+async def prepare_mails(request: Request, mails: list, provider: Provider) -> list:
     """Prepare the mails; log their refused recipients, and name keys in errors as the provider does."""
     prepared, octets, parse = [], 0, functools.partial(parse_mail, provider)
     for raw in mails:
-        mail = await prepare(request, parse, raw, settings, new_queueid(request.now))
+        mail = await prepare(request, parse, raw)
         if mail.refused:
             log_rejections(request, mail, mail.refused)
         replies = {to: reply and use_provider_keys(reply, provider.names) for to, reply in mail.replies.items()}
@@ -7598,7 +7560,7 @@ def message_document(message: dict) -> dict:
         to, attempts = row["as_written"], parse_history(row["history"])
         item = reply_to_dict(to, current_reply(message["queueid"], row))
         item.update(state=row["state"], next=time_to_dict(row["due"]))
-        item["attempts"] = [{"time": time_to_dict(one.time), **reply_to_dict(to, one.reply)} for one in attempts]
+        item["attempts"] = [{"time": time_to_dict(at), **reply_to_dict(to, reply)} for at, reply in attempts]
         response.append(item)
     recipients, timestamp = [item["rcpt"] for item in response], time_to_dict(message["created_at"])
     head = {"queueid": message["queueid"], "addresser": message["sender"], "recipient": recipients}
@@ -8451,7 +8413,7 @@ def prepare_server(options: Any) -> tuple:
         database = QueueDB(settings.queue)
         database.commit([])
         database.close(for_good=True)
-        if NEWER_VERSION in database.fault:
+        if OTHER_VERSION in database.fault:
             raise CommandError(f"the queue can't be used: {database.fault}", 2)
     address = "a socket of $LISTEN_FDS"
     try:
@@ -8936,7 +8898,7 @@ def queue_list(store: QueueDB, as_json: bool = False) -> int:
 def queue_row(row: Any, as_json: bool) -> str:
     """Return a recipient in the queue as a line of a table, or as JSON."""
     due, created_at, attempts = row["due"], row["created_at"], parse_history(row["history"])
-    reply = attempts[-1].reply if attempts else None
+    _, reply = attempts[-1] if attempts else (0, None)
     if as_json:
         values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
         values.update({"arrived": time_to_dict(created_at), "next": time_to_dict(due), "attempts": len(attempts)})

@@ -5698,7 +5698,9 @@ class WebSessions(unittest.TestCase):
                 began = time.monotonic()
                 route = web_route("SendGrid", peer.url, retry=1, sleep=0)
                 sessions = haineko.TransportContext()
-                outcome = haineko.run(and_closed(haineko.run_transaction(composed_job(route), sessions), sessions))
+                (outcome,) = haineko.run(
+                    and_closed(haineko.deliver([composed_job(route)], sessions, settings()), sessions)
+                )
                 self.assertEqual(outcome.replies[0].code, code)
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
 
@@ -9651,47 +9653,6 @@ def entry(queueid="Q" * 16, to=("a@example.jp",), lane="ESMTP x:25", born=None, 
     return haineko.QueueItem(queueid, "mail", "s@example.org", "", born or time.time(), message, rows, **more)
 
 
-VERSION_1 = """
-    CREATE TABLE messages (
-        id INTEGER PRIMARY KEY,
-        queueid TEXT NOT NULL UNIQUE,
-        kind TEXT NOT NULL,
-        sender TEXT NOT NULL,
-        login TEXT NOT NULL,
-        born REAL NOT NULL,
-        open INTEGER NOT NULL,
-        done REAL,
-        owner INTEGER,
-        key BLOB UNIQUE,
-        body BLOB,
-        answer TEXT,
-        size INTEGER NOT NULL,
-        parts TEXT NOT NULL,
-        octets BLOB NOT NULL
-    );
-    CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
-    CREATE TABLE recipients (
-        id INTEGER PRIMARY KEY,
-        message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,
-        recipient TEXT NOT NULL,
-        number INTEGER NOT NULL,
-        lane TEXT NOT NULL,
-        state TEXT NOT NULL,
-        born REAL NOT NULL,
-        due REAL,
-        owner INTEGER,
-        attempts INTEGER NOT NULL,
-        history TEXT NOT NULL
-    );
-    CREATE INDEX recipients_by_message ON recipients(message);
-    CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
-    CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
-"""
-
-
 class QueuePure(unittest.TestCase):
     """What follows from a reply, bounces, events: values in, values out."""
 
@@ -9859,7 +9820,10 @@ class QueuePure(unittest.TestCase):
         )
         for what, octets, wanted in table:
             with self.subTest(what):
-                self.assertEqual(haineko.returned_header(octets), wanted)
+                said = haineko.Reply("550", "5.1.1", "RCPT", ("no",))
+                bounce = self.bounce(self.parcel(message=haineko.Message((octets,))), said).copy("", 1)
+                _, _, returned = email.message_from_bytes(bounce).get_payload()
+                self.assertEqual(returned.get_payload(), wanted.decode())
 
 
 class QueueStore(Quiet):
@@ -9932,7 +9896,7 @@ class QueueStore(Quiet):
         self.assertEqual(self.do(haineko.lease_due, time.time(), 9, {}, {}, 0), [])
         code = (
             f"import haineko, time; s = haineko.QueueDB(haineko.QueueSettings(path={self.policy.path!r}, min_free=0));"
-            "s.commit([(haineko.reclaim_dead_leases, (s, time.time()))]);"
+            "s.commit([(haineko.maintain, (s, time.time()))]);"
             "print(len(s.commit([(haineko.lease_due, (time.time() + 999, 9, {}, {}, 0))])[0]))"
         )
 
@@ -9955,23 +9919,33 @@ class QueueStore(Quiet):
         self.assertEqual(found.stdout, "2\n")
         self.assertEqual(found.stderr.count("may arrive twice"), 2)
 
-    def test_versions(self):
+    def test_files_of_other_versions_are_refused(self):
         self.do(haineko.enqueue, entry(), None)
-        db = self.store.db
-        newer = (*haineko.MIGRATIONS, "CREATE TABLE cats (name TEXT); INSERT INTO cats VALUES ('tama')")
-        with self.subTest("a step that fails changes nothing"):
-            with self.assertRaises(sqlite3.Error):
-                haineko.migrate(db, (*newer, "CREATE TABLE dogs (x); CREATE TABLE dogs (x)"))
-            db.execute("ROLLBACK")
-            self.assertEqual(db.execute("PRAGMA user_version").fetchone()[0], 1 + len(haineko.MIGRATIONS))
-        with self.subTest("an older file is upgraded"):
-            haineko.migrate(db, newer)
-            self.assertEqual(db.execute("SELECT * FROM cats").fetchone()["name"], "tama")
-        with self.subTest("a newer one is refused"):
-            self.store.close()
-            with self.assertRaises(haineko.Rejected):
-                self.do(haineko.queue_stats, 0)
-            self.assertIn("newer version", self.store.fault)
+        for version, words in ((1, "an older one: let the Haineko that wrote it"), (99, "newer than this Haineko's")):
+            with self.subTest(version):
+                with contextlib.closing(sqlite3.connect(self.policy.path)) as db:
+                    db.execute(f"PRAGMA user_version={version}")
+                self.store.close()
+                with self.assertRaises(haineko.Rejected):
+                    self.do(haineko.queue_stats, 0)
+                self.assertIn(f"is of version {version}, {words}", self.store.fault)
+
+    def test_what_cannot_be_read_is_held_and_stops_no_other(self):
+        table = (("history", "{"), ("history", "[5]"), ("history", "[[1]]"), ("parts", "[]"), ("parts", "7"))
+        for number, (column, value) in enumerate(table):
+            with self.subTest(column, value=value):
+                bad, good = f"bad{number}", f"good{number}"
+                self.do(haineko.enqueue, entry(bad), None)
+                self.do(haineko.enqueue, entry(good), None)
+                ours = "message=" if column == "history" else "id="
+                self.store.db.execute(
+                    f"UPDATE {'recipients' if column == 'history' else 'messages'} SET {column}=?"
+                    f" WHERE {ours}(SELECT id FROM messages WHERE queueid=?)",
+                    (value, bad),
+                )
+                self.assertEqual([leased.item.queueid for leased in self.lease()], [good])
+                self.assertEqual(self.states(bad), ["held"])
+                self.assertEqual(self.do(haineko.drop_message, bad, 0), 1)
 
     def test_a_fault_accepts_nothing_and_heals(self):
         table = (("locked", self.lock), ("corrupt", self.spoil), ("taken away", self.take_away))
@@ -10057,38 +10031,9 @@ class QueueStore(Quiet):
         row = self.store.db.execute("SELECT length(octets), completed_at IS NULL FROM messages").fetchone()
         self.assertEqual(tuple(row), (0, 0))
         for hours, left in ((23, 1), (25, 0)):
-            self.do(haineko.purge, time.time() + hours * 3600)
+            self.do(haineko.maintain, self.store, time.time() + hours * 3600)
             self.assertEqual(self.store.db.execute("SELECT count(*) FROM messages").fetchone()[0], left)
         self.assertEqual(self.store.db.execute("SELECT count(*) FROM recipients").fetchone()[0], 0)
-
-    def test_version_1_is_upgraded(self):
-        """A file of version 1 keeps its mail, and ends with the same columns and indexes as a new one."""
-        self.do(haineko.queue_stats, 0)
-        self.policy = haineko.QueueSettings(path=os.path.join(self.folder, "old.db"), min_free=0)
-        with contextlib.closing(sqlite3.connect(self.policy.path, isolation_level=None)) as db:
-            db.executescript(VERSION_1)
-            db.execute(
-                "INSERT INTO messages VALUES (1, 'old', 'mail', 's@example.org', 'tama', 1e9, 1, NULL, NULL, x'6b',"
-                " NULL, NULL, 4, '[0, 4]', x'4e796161')"
-            )
-            history = '[[1e9, "451", null, "DATA", ["not now"], "ESMTP", "x", 25]]'
-            db.execute(
-                "INSERT INTO recipients VALUES (1, 1, 'A@b.example', 'a@b.example', 1, 'ESMTP x:25', 'open', 1e9, 1e9,"
-                " NULL, 1, ?)",
-                (history,),
-            )
-            db.execute("PRAGMA user_version=1")
-        fresh, self.store = self.store, self.open()
-        (leased,) = self.do(haineko.lease_due, time.time(), 9, {}, {}, 0)
-        self.assertEqual((leased.item.queueid, leased.item.login, leased.item.created_at), ("old", "tama", 1e9))
-        self.assertEqual((leased.to.as_written, leased.to.destination), ("A@b.example", "ESMTP x:25"))
-        self.assertEqual((leased.history[0].reply.code, leased.attempts), ("451", 1))
-        tables = []
-        for store in (fresh, self.store):
-            names = [row["name"] for row in store.db.execute("SELECT name FROM sqlite_master ORDER BY name")]
-            columns = [[tuple(row) for row in store.db.execute(f"PRAGMA table_info({name})")] for name in names]
-            tables.append((names, columns))
-        self.assertEqual(*tables)
 
     def lease(self, now=None, limit=9):
         return self.do(haineko.lease_due, now or time.time(), limit, {}, {}, 0)
@@ -10238,7 +10183,7 @@ class QueueStore(Quiet):
         self.do(haineko.queue_stats, 0)
         code = (
             f"import haineko, time; s = haineko.QueueDB(haineko.QueueSettings(path={self.policy.path!r}, min_free=0));"
-            "s.commit([]); s.commit([(haineko.reclaim_dead_leases, (s, time.time()))]);"
+            "s.commit([]); s.commit([(haineko.maintain, (s, time.time()))]);"
             "print(len(s.commit([(haineko.lease_due, (time.time() + 999, 9, {}, {}, 0))])[0]))"
         )
         words = [sys.executable, "-c", code]
@@ -10778,7 +10723,7 @@ class QueueAlone(unittest.TestCase):
                 json.dump({"queue": {"path": "haineko.db"}}, stream)
             found = run_program("serve", "-c", config, "--listen", "127.0.0.1:0", text=True)
             self.assertEqual(found.returncode, 2)
-            self.assertIn("newer version", found.stderr)
+            self.assertIn("is of version 99, newer than this Haineko's", found.stderr)
 
 
 class QueueCrash(unittest.TestCase):
@@ -14153,8 +14098,8 @@ class Attacks(Quiet):
         found = set()
         for client, login in (("192.0.2.1", ""), ("192.0.2.2", ""), ("192.0.2.1", "neko"), ("192.0.2.2", "neko")):
             asked = request(b"{}", client, **{"idempotency-key": "k"})
-            asked.login = login
-            found.add(haineko.queue_options(asked, haineko.Submission(), force)[1])
+            asked.login, asked.settings = login, force
+            found.add(haineko.queue_options(asked, haineko.Submission())[1])
         self.assertEqual(len(found), 3)
 
     def test_settings_are_not_for_a_page_whose_name_was_rebound(self):
