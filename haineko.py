@@ -6299,18 +6299,21 @@ def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, le
         if earlier := db.execute(sql, (item.key,)).fetchone():
             return earlier
     octets, flags = b"".join(item.message.parts), item.message.needs_8bitmime + 2 * item.message.needs_smtputf8
+    parts = json.dumps([flags, *map(len, item.message.parts), *item.message.dsn])
     owner = slot if leased or results else None
-    message = insert(
-        db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
-        created_at=item.created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
-        body_digest=item.body_digest, size=len(octets), octets=octets,
-        parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
-    )  # fmt: skip
+    message = db.execute(
+        "INSERT INTO messages (queueid, kind, sender, login, created_at, open_recipients, owner, key, body_digest,"
+        " size, parts, octets) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (item.queueid, item.kind, item.sender, item.login, item.created_at, len(item.recipients), owner, item.key,
+         item.body_digest, len(octets), parts, octets),
+    ).lastrowid  # fmt: skip
     starts_at = max(item.created_at, item.send_at)  # the lifetime counts from then
     due = starts_at if owner is None else None
-    state = {"message": message, "state": "open", "created_at": starts_at, "due": due, "owner": owner}
-    for recipient in item.recipients:
-        insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
+    db.executemany(
+        "INSERT INTO recipients (as_written, recipient, number, destination, message, state, created_at, due, owner,"
+        " attempts, history) VALUES (?, ?, ?, ?, ?, 'open', ?, ?, ?, 0, '[]')",
+        [(*recipient, message, starts_at, due, owner) for recipient in item.recipients],
+    )
     if results:  # their attempts took a while
         finish_request(db, slot, item.queueid, results, None, max(time.time(), item.created_at))
     return None
@@ -6324,12 +6327,6 @@ def enqueue_all(db: Any, slot: int, items: list, response: str | None) -> Any:
             enqueue(db, slot, item)
         finish_request(db, slot, items[0].queueid, [], response, items[0].created_at)
     return earlier
-
-
-def insert(db: Any, table: str, **values: Any) -> int:
-    """Insert a row and return its id."""
-    places = ",".join("?" * len(values))
-    return db.execute(f"INSERT INTO {table} ({','.join(values)}) VALUES ({places})", (*values.values(),)).lastrowid
 
 
 def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
@@ -6565,7 +6562,6 @@ class QueueManager:
             reply, destination = await self._attempt(leased, settings)
             leased, age = leased._replace(attempts=leased.attempts + 1), time.time() - item.created_at
             result = attempt_result(reply, leased.attempts, age, random_unit(), settings.queue)
-            self._throttle(leased.to.destination, reply, settings.queue)
         now, state, relay = time.time(), result.state, (reply.mailer or "")
         note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
         note += "; may arrive twice" if reply.maybe_delivered else ""
@@ -6584,27 +6580,28 @@ class QueueManager:
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
-        """Return the reply to an attempt and its destination, by the settings that are in force now."""
-        item, recipient = leased.item, leased.to.recipient
+        """Return the reply to an attempt and its destination, by the settings that are in force now. A failure to open
+        a session throttles the destination, for the third pause at most: new mail waits too."""
+        item, recipient, before = leased.item, leased.to.recipient, leased.to.destination
         if item.kind == "event":
-            return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
-        redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
-        elsewhere = redirect and recipient not in redirect  # mail from before, or a bounce
-        to = parse_address(redirect[0] if elsewhere else recipient)
-        sandbox = leased.to.destination == destination_key(SANDBOX_ROUTE, "")
-        route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
-        envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
-        result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
-        return result.replies[0], destination_key(route, to.domain)
-
-    def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """Throttle a destination after a failure to open a session, for the third pause at most: new mail waits too."""
-        (until, failures), now = self.throttled.get(destination, (0.0, 0)), time.monotonic()
+            reply = await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http)
+            destination = before
+        else:
+            redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
+            elsewhere = redirect and recipient not in redirect  # mail from before, or a bounce
+            to = parse_address(redirect[0] if elsewhere else recipient)
+            sandbox = before == destination_key(SANDBOX_ROUTE, "")
+            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
+            envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
+            result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
+            reply, destination = result.replies[0], destination_key(route, to.domain)
+        (until, failures), now = self.throttled.get(before, (0.0, 0)), time.monotonic()
         if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
-            self.throttled.pop(destination, None)
+            self.throttled.pop(before, None)
         elif until <= now:
-            pause = attempt_result(reply, min(failures + 1, 3), 0, random_unit(), settings).pause
-            self.throttled[destination] = now + pause, failures + 1
+            pause = attempt_result(reply, min(failures + 1, 3), 0, random_unit(), settings.queue).pause
+            self.throttled[before] = now + pause, failures + 1
+        return reply, destination
 
 
 def log_reply(event: str, reply: Reply, status: str, delay: float | None, note: str = "", **fields: Any) -> None:
@@ -6860,8 +6857,7 @@ def queue_options(request: Request, submission: Submission) -> tuple:
     is_async = later or submission.async_ or prefers_async(request)
     if key is None:
         return is_async, None
-    found = IDEMPOTENCY_KEY.fullmatch(key)
-    if not found:
+    if not (found := IDEMPOTENCY_KEY.fullmatch(key)):
         raise Rejected(make_reply("key-form"))
     owner = request.login or f"[{request.client}]"  # nobody else may read the response
     return is_async, hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
@@ -6918,26 +6914,22 @@ async def queue_deferred(request: Request, mail: Mail, replies: list, app: App) 
 
 async def replay_response(request: Request, mail: Mail, earlier: Any, app: App) -> Response:
     """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
-    queueid, answered = earlier["queueid"], earlier["response"]
+    queueid, stored = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != mail.body_digest:
         raise Rejected(make_reply("key-reused"))
-    if answered is None and earlier["owner"] is not None:
+    if stored is None and earlier["owner"] is not None:
         raise Rejected(make_reply("key-running"))
-    if answered is None:  # its process ended before it could answer; the queue has taken the mail over
+    if stored is None:  # its process ended before it could answer; the queue has taken the mail over
         rows = {row["as_written"]: row for row in (await app.queue.do(message_status, queueid))["recipients"]}
         mail.add_replies([current_reply(queueid, rows[mailbox.as_written]) for mailbox in mail.accepted])
-        answered = serialize_response(respond(request, mail._replace(queueid=queueid)))
-        await app.queue.do(finish_request, queueid, [], answered, request.now)
-    return stored_response(answered)
+        stored = serialize_response(respond(request, mail._replace(queueid=queueid)))
+        await app.queue.do(finish_request, queueid, [], stored, request.now)
+    status, headers, body = json.loads(stored)
+    return Response(status, body.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
 
 
 def serialize_response(result: Response) -> str:
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
-
-
-def stored_response(text: str) -> Response:
-    status, headers, body = json.loads(text)
-    return Response(status, body.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
@@ -7058,8 +7050,7 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
     elif status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="Haineko", charset="UTF-8"'
     elif status in LEAST_RETRY_AFTER:
-        seconds = max([LEAST_RETRY_AFTER[status], *[reply.retry_after for reply in replies.values()]])
-        headers["Retry-After"] = str(seconds)
+        headers["Retry-After"] = str(max(LEAST_RETRY_AFTER[status], *[reply.retry_after for reply in replies.values()]))
     if request.rate:
         rate, state = request.rate
         left, reset = state.remaining, math.ceil(state.reset)
@@ -7169,10 +7160,8 @@ async def store_mails(request: Request, mails: list, response: Response, app: Ap
             leased = LeasedRecipient(0, items[-1], NewRecipient(to, to, 1, ""), attempts=1)
             reports += notifications(leased, reply, "failed", request.settings, request.now)
     earlier = await app.queue.add(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
-    if earlier and earlier["body_digest"] != digest:
-        raise Rejected(make_reply("key-reused"))
     if earlier:
-        return stored_response(earlier["response"])
+        return await replay_response(request, mails[0]._replace(body_digest=digest), earlier, app)
     for mail in mails:
         count_recipients(mail.transactions, [queued_reply(mail.queueid)] * len(mail.accepted))
     announce_queued(request, items, app)
