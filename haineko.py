@@ -7136,7 +7136,8 @@ class Provider(NamedTuple):
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
     answer: Callable  # ([Mail, ...], their JSON values, dry_run) -> Response or document
-    error: Callable  # (reply, request) -> (HTTP status, document)
+    errors: dict  # {name in REPLIES, "no-login", or HTTP status of POST /submit: (HTTP status, name of the error)}
+    error: Callable  # (reply, name of the error, HTTP status) -> document
     read: Callable = lambda document: [document]  # returns the mails
     is_test: Callable = lambda document: False  # everything is checked, nothing sent; see is_postmark_test() as well
     is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
@@ -7144,57 +7145,37 @@ class Provider(NamedTuple):
 
 async def answer_provider(request: Request, app: App) -> Response:
     """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
-    settings, provider = request.settings, PROVIDER_ENDPOINTS[request.path]
+    settings, provider, prepared, octets = request.settings, PROVIDER_ENDPOINTS[request.path], [], 0
     try:
         document = await asyncio.to_thread(parse_json, request.body)
     except ValueError as error:
         raise Rejected(make_reply("json", sanitize(str(error)))) from None
     mails, dry_run = provider.read(document), provider.is_test(document) or is_postmark_test(request)
-    prepared = await prepare_mails(request, mails, provider, settings)
-    ready, permissive = [mail for mail in prepared if mail.transactions], provider.is_permissive(request)
-    for mail in prepared:
-        if mail.error and not permissive:
-            return provider_error(mail.error, request)
-    if app.queue or dry_run:
-        for mail in ready:
-            mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
-    else:
+    parse, permissive = functools.partial(parse_mail, provider), provider.is_permissive(request)
+    for raw in mails:
+        mail = await prepare(request, parse, raw, settings, new_queueid(request.now))
+        if mail.refused:
+            log_rejections(request, mail, mail.refused)
+        octets += request.message_size if mail.transactions else 0
+        if octets > MAX_CALL:  # SendGrid's mails share their attachments
+            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
+        prepared.append(mail)
+    ready, queued = [mail for mail in prepared if mail.transactions], dry_run or app.queue
+    failed = next((mail.error for mail in prepared if mail.error), None)
+    if not queued and (permissive or not failed):
         results = iter(await deliver([one for mail in ready for one in mail.transactions], app.transport, settings))
         for mail in ready:
             replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
             count_recipients(mail.transactions, replies)
             mail.add_replies(replies)
-        if all(mail.error for mail in prepared) and not permissive:
-            return provider_error(prepared[0].error, request)
+        failed = prepared[0].error if all(mail.error for mail in prepared) else None
+    if failed and not permissive:
+        return provider_error(failed, request)
+    for mail in ready if queued else ():
+        mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
     return await store_mails(request, ready, response, app) if ready and app.queue and not dry_run else response
-
-
-async def prepare_mails(request: Request, mails: list, provider: Provider, settings: Settings) -> list:
-    """Prepare the mails; log their refused recipients, and name keys in errors as the provider does."""
-    prepared, octets, parse = [], 0, functools.partial(parse_mail, provider)
-    for raw in mails:
-        mail = await prepare(request, parse, raw, settings, new_queueid(request.now))
-        if mail.refused:
-            log_rejections(request, mail, mail.refused)
-        replies = {to: reply and use_provider_keys(reply, provider.names) for to, reply in mail.replies.items()}
-        prepared.append(mail._replace(replies=replies))
-        octets += request.message_size if mail.transactions else 0
-        if octets > MAX_CALL:  # SendGrid's mails share their attachments
-            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
-    return prepared
-
-
-def use_provider_keys(reply: Reply, names: dict) -> Reply:
-    """Replace the key of a submission at the start of each line of an error."""
-
-    def name(found: re.Match) -> str:
-        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
-        return names.get(key.lower()) or (f"{names['headers']}.{key}" if found[1] else key)
-
-    lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
-    return reply._replace(message=(reply.message[0], *lines))
 
 
 async def store_mails(request: Request, mails: list, response: Response, app: App) -> Response:
@@ -7323,7 +7304,7 @@ def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
 
 def postmark_item(prepared: Mail, mail: dict) -> dict:
     if prepared.error:
-        return postmark_error(prepared.error, None)[1]
+        return error_document(POSTMARK, prepared.error)[1]
     words = "; ".join(dict.fromkeys(map(reply_text, prepared.refused.values())))
     refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
     message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
@@ -7333,44 +7314,42 @@ def postmark_item(prepared: Mail, mail: dict) -> dict:
 
 
 def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
-    errors = [{"index": i, "message": reply_text(mail.error)} for i, mail in enumerate(prepared) if mail.error]
+    failed = [(i, error_document(RESEND, mail.error)[1]) for i, mail in enumerate(prepared) if mail.error]
+    errors = [{"index": i, "message": document["message"]} for i, document in failed]
     document = {"data": [{"id": mail.queueid} for mail in prepared if not mail.error]}
     return {**document, "errors": errors} if errors else document
 
 
 def provider_error(reply: Reply, request: Request) -> Response:
     """Return the response to a request that is refused, in the form of its provider."""
-    status, document = PROVIDER_ENDPOINTS[request.path].error(reply, request)
+    provider, has_login = PROVIDER_ENDPOINTS[request.path], "authorization" in request.headers
+    status, document = error_document(provider, reply, "no-login" if reply.slug == "login" and not has_login else "")
     headers = answer_headers(request, reply.status or http_status((reply,)), None, {None: reply})
     return json_response(document, status, headers)
 
 
-def sendgrid_error(reply: Reply, request: Request) -> tuple:
-    status, words = error_row(reply, SENDGRID_ERRORS)
+def error_document(provider: Provider, reply: Reply, slug: str = "") -> tuple:
+    """Return (HTTP status, document); the provider's keys replace those of a submission at the start of lines."""
+
+    def name(found: re.Match) -> str:
+        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
+        return provider.names.get(key.lower()) or (f"{provider.names['headers']}.{key}" if found[1] else key)
+
+    if reply.slug:  # the words are not the next hop's
+        lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
+        reply = reply._replace(message=(reply.message[0], *lines))
+    status, errors = reply.status or http_status((reply,)), provider.errors
+    status, error = errors.get(slug or reply.slug) or errors.get(status) or (status, errors[None])
+    return status, provider.error(reply, error, status)
+
+
+def sendgrid_error(reply: Reply, words: str | None, status: int) -> dict:
     errors = []
     for line in reply.message[1:] if reply.slug == "invalid" else (words or reply_text(reply),):
         found = re.match(r"Invalid '([^']+)'|([a-z_][\w./\[\]-]*): ", line)
         field = re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2]) if found else None
         errors.append({"message": line, "field": field, "help": None})
-    return status, {"errors": errors}
-
-
-def postmark_error(reply: Reply, request: Request | None) -> tuple:
-    status, code = error_row(reply, POSTMARK_ERRORS)
-    return status, {"ErrorCode": code, "Message": reply_text(reply)}
-
-
-def resend_error(reply: Reply, request: Request) -> tuple:
-    status, name = error_row(reply, RESEND_ERRORS)
-    if reply.status == 401 and "authorization" not in request.headers:
-        status, name = 401, "missing_api_key"
-    return status, {"statusCode": status, "name": name, "message": reply_text(reply)}
-
-
-def error_row(reply: Reply, table: dict) -> tuple:
-    """Return (HTTP status, the provider's name of the error)."""
-    status = reply.status or http_status((reply,))
-    return table.get(reply.slug) or table.get(status) or (status, table[None])
+    return {"errors": errors}
 
 
 def reply_text(reply: Reply) -> str:
@@ -7379,9 +7358,8 @@ def reply_text(reply: Reply) -> str:
     return "; ".join(lines) if lines and reply.slug == "invalid" else ": ".join((first, *lines))
 
 
-# {name in REPLIES, or HTTP status of a refusal of POST /submit: (HTTP status, the provider's name of the error)}
 SENDGRID_GRANT = "The provided authorization grant is invalid, expired, or revoked"
-SENDGRID_ERRORS = {"login": (401, SENDGRID_GRANT), 502: (400, None), None: None}
+SENDGRID_ERRORS = {401: (401, SENDGRID_GRANT), 502: (400, None), None: None}
 POSTMARK_ERRORS = {
     "json": (422, 402), "batch": (422, 410), "rcpt-many": (422, 300), 400: (422, 300), 401: (401, 10), 403: (422, 405),
     409: (422, 300), 422: (422, 300), 429: (429, 429), 500: (500, 500), 502: (422, 300), 503: (503, 100), None: 300,
@@ -7390,8 +7368,8 @@ RESEND_ERRORS = {
     **dict.fromkeys(("mail-empty", "rcpt-none", "subject-empty", "body-empty"), (422, "missing_required_field")),
     **dict.fromkeys(("rcpt-many", 400, 502), (422, "validation_error")), "json": (400, "validation_error"),
     "mail-form": (422, "invalid_from_address"), "key-form": (400, "invalid_idempotency_key"),
-    401: (403, "invalid_api_key"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
-    409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
+    "no-login": (401, "missing_api_key"), 401: (403, "invalid_api_key"), 403: (401, "restricted_api_key"),
+    404: (404, "not_found"), 409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
     422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), None: "application_error",
 }  # fmt: skip
 
@@ -7409,12 +7387,17 @@ POSTMARK_KEYS = {
     "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
-SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_sandbox)
+SENDGRID = Provider(
+    SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, SENDGRID_ERRORS, sendgrid_error, read_personalizations, is_sandbox
+)
 POSTMARK = Provider(
     POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda mails, raw, _: postmark_item(mails[0], raw[0]),
-    postmark_error,
+    POSTMARK_ERRORS, lambda reply, code, _: {"ErrorCode": code, "Message": reply_text(reply)},
 )  # fmt: skip
-RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, resend_error)
+RESEND = Provider(
+    RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, RESEND_ERRORS,
+    lambda reply, name, status: {"statusCode": status, "name": name, "message": reply_text(reply)},
+)  # fmt: skip
 PROVIDER_ENDPOINTS = {
     "/v3/mail/send": SENDGRID,
     "/email": POSTMARK,
