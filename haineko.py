@@ -1460,7 +1460,9 @@ class Log:
             self.loop.call_soon(self.flush)
 
     def reopen(self) -> None:
-        """Open the log file again if it was moved away, as logrotate does."""
+        """Open the log file again if it was moved away, as logrotate does; count the lost lines in the metrics."""
+        lost, self.lost_ever = self.lost_ever, 0
+        metrics.add("haineko_log_lines_lost_total", by=lost)
         with contextlib.suppress(OSError):
             if self.path and not (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
                 number = os.open(self.path, self.FILE_FLAGS, 0o600)
@@ -7089,7 +7091,8 @@ class Provider(NamedTuple):
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
     answer: Callable  # ([Mail, ...], their JSON values, dry_run) -> Response or document
-    error: Callable  # (reply, request) -> (HTTP status, document)
+    errors: dict  # {name in REPLIES, "no-login", or HTTP status of POST /submit: (HTTP status, name of the error)}
+    error: Callable  # (reply, name of the error, HTTP status) -> document
     read: Callable = lambda document: [document]  # returns the mails
     is_test: Callable = lambda document: False  # everything is checked, nothing sent; see is_postmark_test() as well
     is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
@@ -7097,57 +7100,37 @@ class Provider(NamedTuple):
 
 async def answer_provider(request: Request, app: App) -> Response:
     """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
-    settings, provider = request.settings, PROVIDER_ENDPOINTS[request.path]
+    settings, provider, prepared, octets = request.settings, PROVIDER_ENDPOINTS[request.path], [], 0
     try:
         document = await asyncio.to_thread(parse_json, request.body)
     except ValueError as error:
         raise Rejected(make_reply("json", sanitize(str(error)))) from None
     mails, dry_run = provider.read(document), provider.is_test(document) or is_postmark_test(request)
-    prepared = await prepare_mails(request, mails, provider)
-    ready, permissive = [mail for mail in prepared if mail.transactions], provider.is_permissive(request)
-    for mail in prepared:
-        if mail.error and not permissive:
-            return provider_error(mail.error, request)
-    if app.queue or dry_run:
-        for mail in ready:
-            mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
-    else:
+    parse, permissive = functools.partial(parse_mail, provider), provider.is_permissive(request)
+    for raw in mails:
+        mail = await prepare(request, parse, raw)
+        if mail.refused:
+            log_rejections(request, mail, mail.refused)
+        octets += request.message_size if mail.transactions else 0
+        if octets > MAX_CALL:  # SendGrid's mails share their attachments
+            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
+        prepared.append(mail)
+    ready, queued = [mail for mail in prepared if mail.transactions], dry_run or app.queue
+    failed = next((mail.error for mail in prepared if mail.error), None)
+    if not queued and (permissive or not failed):
         results = iter(await deliver([one for mail in ready for one in mail.transactions], app.transport, settings))
         for mail in ready:
             replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
             count_recipients(mail.transactions, replies)
             mail.add_replies(replies)
-        if all(mail.error for mail in prepared) and not permissive:
-            return provider_error(prepared[0].error, request)
+        failed = prepared[0].error if all(mail.error for mail in prepared) else None
+    if failed and not permissive:
+        return provider_error(failed, request)
+    for mail in ready if queued else ():
+        mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
     return await store_mails(request, ready, response, app) if ready and app.queue and not dry_run else response
-
-
-async def prepare_mails(request: Request, mails: list, provider: Provider) -> list:
-    """Prepare the mails; log their refused recipients, and name keys in errors as the provider does."""
-    prepared, octets, parse = [], 0, functools.partial(parse_mail, provider)
-    for raw in mails:
-        mail = await prepare(request, parse, raw)
-        if mail.refused:
-            log_rejections(request, mail, mail.refused)
-        replies = {to: reply and use_provider_keys(reply, provider.names) for to, reply in mail.replies.items()}
-        prepared.append(mail._replace(replies=replies))
-        octets += request.message_size if mail.transactions else 0
-        if octets > MAX_CALL:  # SendGrid's mails share their attachments
-            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
-    return prepared
-
-
-def use_provider_keys(reply: Reply, names: dict) -> Reply:
-    """Replace the key of a submission at the start of each line of an error."""
-
-    def name(found: re.Match) -> str:
-        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
-        return names.get(key.lower()) or (f"{names['headers']}.{key}" if found[1] else key)
-
-    lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
-    return reply._replace(message=(reply.message[0], *lines))
 
 
 async def store_mails(request: Request, mails: list, response: Response, app: App) -> Response:
@@ -7274,7 +7257,7 @@ def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
 
 def postmark_item(prepared: Mail, mail: dict) -> dict:
     if prepared.error:
-        return postmark_error(prepared.error, None)[1]
+        return error_document(POSTMARK, prepared.error)[1]
     words = "; ".join(dict.fromkeys(map(reply_text, prepared.refused.values())))
     refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
     message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
@@ -7284,44 +7267,42 @@ def postmark_item(prepared: Mail, mail: dict) -> dict:
 
 
 def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
-    errors = [{"index": i, "message": reply_text(mail.error)} for i, mail in enumerate(prepared) if mail.error]
+    failed = [(i, error_document(RESEND, mail.error)[1]) for i, mail in enumerate(prepared) if mail.error]
+    errors = [{"index": i, "message": document["message"]} for i, document in failed]
     document = {"data": [{"id": mail.queueid} for mail in prepared if not mail.error]}
     return {**document, "errors": errors} if errors else document
 
 
 def provider_error(reply: Reply, request: Request) -> Response:
     """Return the response to a request that is refused, in the form of its provider."""
-    status, document = PROVIDER_ENDPOINTS[request.path].error(reply, request)
+    provider, has_login = PROVIDER_ENDPOINTS[request.path], "authorization" in request.headers
+    status, document = error_document(provider, reply, "no-login" if reply.slug == "login" and not has_login else "")
     headers = answer_headers(request, reply.status or http_status((reply,)), None, {None: reply})
     return json_response(document, status, headers)
 
 
-def sendgrid_error(reply: Reply, request: Request) -> tuple:
-    status, words = error_row(reply, SENDGRID_ERRORS)
+def error_document(provider: Provider, reply: Reply, slug: str = "") -> tuple:
+    """Return (HTTP status, document); the provider's keys replace those of a submission at the start of lines."""
+
+    def name(found: re.Match) -> str:
+        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
+        return provider.names.get(key.lower()) or (f"{provider.names['headers']}.{key}" if found[1] else key)
+
+    if reply.slug:  # the words are not the next hop's
+        lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
+        reply = reply._replace(message=(reply.message[0], *lines))
+    status, errors = reply.status or http_status((reply,)), provider.errors
+    status, error = errors.get(slug or reply.slug) or errors.get(status) or (status, errors[None])
+    return status, provider.error(reply, error, status)
+
+
+def sendgrid_error(reply: Reply, words: str | None, status: int) -> dict:
     errors = []
     for line in reply.message[1:] if reply.slug == "invalid" else (words or reply_text(reply),):
         found = re.match(r"Invalid '([^']+)'|([a-z_][\w./\[\]-]*): ", line)
         field = re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2]) if found else None
         errors.append({"message": line, "field": field, "help": None})
-    return status, {"errors": errors}
-
-
-def postmark_error(reply: Reply, request: Request | None) -> tuple:
-    status, code = error_row(reply, POSTMARK_ERRORS)
-    return status, {"ErrorCode": code, "Message": reply_text(reply)}
-
-
-def resend_error(reply: Reply, request: Request) -> tuple:
-    status, name = error_row(reply, RESEND_ERRORS)
-    if reply.status == 401 and "authorization" not in request.headers:
-        status, name = 401, "missing_api_key"
-    return status, {"statusCode": status, "name": name, "message": reply_text(reply)}
-
-
-def error_row(reply: Reply, table: dict) -> tuple:
-    """Return (HTTP status, the provider's name of the error)."""
-    status = reply.status or http_status((reply,))
-    return table.get(reply.slug) or table.get(status) or (status, table[None])
+    return {"errors": errors}
 
 
 def reply_text(reply: Reply) -> str:
@@ -7330,9 +7311,8 @@ def reply_text(reply: Reply) -> str:
     return "; ".join(lines) if lines and reply.slug == "invalid" else ": ".join((first, *lines))
 
 
-# {name in REPLIES, or HTTP status of a refusal of POST /submit: (HTTP status, the provider's name of the error)}
 SENDGRID_GRANT = "The provided authorization grant is invalid, expired, or revoked"
-SENDGRID_ERRORS = {"login": (401, SENDGRID_GRANT), 502: (400, None), None: None}
+SENDGRID_ERRORS = {401: (401, SENDGRID_GRANT), 502: (400, None), None: None}
 POSTMARK_ERRORS = {
     "json": (422, 402), "batch": (422, 410), "rcpt-many": (422, 300), 400: (422, 300), 401: (401, 10), 403: (422, 405),
     409: (422, 300), 422: (422, 300), 429: (429, 429), 500: (500, 500), 502: (422, 300), 503: (503, 100), None: 300,
@@ -7341,8 +7321,8 @@ RESEND_ERRORS = {
     **dict.fromkeys(("mail-empty", "rcpt-none", "subject-empty", "body-empty"), (422, "missing_required_field")),
     **dict.fromkeys(("rcpt-many", 400, 502), (422, "validation_error")), "json": (400, "validation_error"),
     "mail-form": (422, "invalid_from_address"), "key-form": (400, "invalid_idempotency_key"),
-    401: (403, "invalid_api_key"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
-    409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
+    "no-login": (401, "missing_api_key"), 401: (403, "invalid_api_key"), 403: (401, "restricted_api_key"),
+    404: (404, "not_found"), 409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
     422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), None: "application_error",
 }  # fmt: skip
 
@@ -7360,12 +7340,17 @@ POSTMARK_KEYS = {
     "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
-SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_sandbox)
+SENDGRID = Provider(
+    SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, SENDGRID_ERRORS, sendgrid_error, read_personalizations, is_sandbox
+)
 POSTMARK = Provider(
     POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda mails, raw, _: postmark_item(mails[0], raw[0]),
-    postmark_error,
+    POSTMARK_ERRORS, lambda reply, code, _: {"ErrorCode": code, "Message": reply_text(reply)},
 )  # fmt: skip
-RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, resend_error)
+RESEND = Provider(
+    RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, RESEND_ERRORS,
+    lambda reply, name, status: {"statusCode": status, "name": name, "message": reply_text(reply)},
+)  # fmt: skip
 PROVIDER_ENDPOINTS = {
     "/v3/mail/send": SENDGRID,
     "/email": POSTMARK,
@@ -7404,10 +7389,13 @@ SAMPLES = json.loads("""[
 {"mail": "shop@example.org", "header": {
   "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
   "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
-    {"filename": "logo.png", "cid": "logo", "content":
-      "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
+    {"filename": "logo.gif", "cid": "logo", "content": "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"},
     {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
 ]""")
+CORS_HEADERS = {
+    "Access-Control-Allow-Methods": "POST, GET, OPTIONS", "Access-Control-Max-Age": "600", "Vary": "Origin",
+    "Access-Control-Allow-Headers": "Content-Type, Authorization, Idempotency-Key, Prefer",
+}  # fmt: skip
 QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 HANG_TIMEOUT = 10.0  # seconds without a heartbeat
 BACKLOG = 1024
@@ -7416,6 +7404,7 @@ MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
+MAX_VICTIMS = 64  # connections, idle for longest, that are compared to find the one to be closed for a new one
 MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
@@ -7562,10 +7551,22 @@ async def get_metrics(request: Request, app: App) -> Response:
     if app.queue:
         with contextlib.suppress(Rejected):  # the other metrics are needed then
             stats = await app.queue.do(queue_stats, request.now)
-    current = {("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")}
+    current = process_metrics(f"/proc/{os.getppid()}")
+    current.update({("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")})
     current[("haineko_queue_oldest_seconds",)] = stats["oldest"] or (stats["waiting"] and 0)
     current[("haineko_queue_disk_free_bytes",)] = app.queue and app.queue.free_space()
     return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def process_metrics(folder: str) -> dict:
+    """Return the metrics of a process that has that folder in /proc; None where there is no such file system."""
+    found: tuple = (None,) * 4
+    with contextlib.suppress(OSError), open(f"{folder}/stat", "rb") as stream:
+        words = stream.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
+        seconds, memory = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"), int(words[21]) * mmap.PAGESIZE
+        found = seconds, int(words[20]), memory, len(os.listdir(f"{folder}/fd"))
+    names = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory_bytes", "open_fds")
+    return {(f"process_{name}",): value for name, value in zip(names, found)}
 
 
 def get_openapi(request: Request, app: App) -> Response:
@@ -7593,18 +7594,19 @@ def get_openapi(request: Request, app: App) -> Response:
 
 
 SCHEMAS = "#/components/schemas/"
-SCHEMA_TYPES = {str: ["string", "array", "null"], bool: ["boolean", "integer", "null"],
-                tuple: ["string", "array", "object", "null"]}  # fmt: skip
+SCHEMA_TYPES = {  # of a field's default: the JSON types that its parser takes
+    str: {"type": ["string", "array", "null"]}, bool: {"type": ["boolean", "integer", "null"]},
+    tuple: {"type": ["string", "array", "object", "null"]},
+}  # fmt: skip
 REFERENCES = {"header": {"$ref": SCHEMAS + "Header"}, "attachments": {"items": {"$ref": SCHEMAS + "Attachment"}}}
 
 
 def class_schema(cls: type) -> dict:
     """Return the schema of a dataclass made of config_field()."""
-    properties, items = {}, {item.name: item for item in fields(cls)}
+    items, properties = {item.name: item for item in fields(cls)}, {}
     for key, (name, _) in key_table(cls).items():
-        types = SCHEMA_TYPES.get(type(items[name].default))
-        kind = {"type": types} if types else {}
-        properties[key] = {**kind, **REFERENCES.get(name, {}), "description": items[name].metadata["doc"]}
+        kind = {**SCHEMA_TYPES.get(type(items[name].default), {}), **REFERENCES.get(name, {})}
+        properties[key] = {**kind, "description": items[name].metadata["doc"]}
     return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
 
 
@@ -7653,6 +7655,12 @@ METRICS = {  # name: (type, help, {label: all its values})
     "haineko_token_errors_total": ("counter", "Failures to get an OAuth2 token.", {}),
     "haineko_workers_restarted_total": ("counter", "Processes that ended and were replaced.", {}),
     "haineko_reload_success": ("gauge", "1 if the settings had no fault when they were last read.", {}),
+    "process_cpu_seconds_total": ("counter", "CPU time of the supervisor.", {}),
+    "process_start_time_seconds": ("gauge", "When the supervisor started, since the epoch.", {}),
+    "process_virtual_memory_bytes": ("gauge", "Virtual memory of the supervisor.", {}),
+    "process_resident_memory_bytes": ("gauge", "Resident memory of the supervisor.", {}),
+    "process_open_fds": ("gauge", "Files that the supervisor has open.", {}),
+    "process_max_fds": ("gauge", "Files that a process may have open.", {}),
     "haineko_build_info": ("gauge", "Versions.", {"version": (__version__,), "python": (sys.version.split()[0],)}),
 }
 
@@ -7673,13 +7681,7 @@ def cors_headers(request: Request, settings: Settings) -> tuple:
     """Return headers for a page of an allowed Origin; raise Rejected for what others may not do (Fetch standard)."""
     headers, origin = request.headers, request.headers.get("origin")
     if origin and origin.lower() in settings.httpd.allowed_origins:
-        return (
-            ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Allow-Methods", "POST, GET, OPTIONS"),
-            ("Access-Control-Allow-Headers", "Content-Type, Authorization, Idempotency-Key, Prefer"),
-            ("Access-Control-Max-Age", "600"),
-            ("Vary", "Origin"),
-        )
+        return (("Access-Control-Allow-Origin", origin), *CORS_HEADERS.items())
     if request.method in ("POST", "DELETE") or "access-control-request-method" in headers:
         host = origin.partition("://")[2].lower() if origin else ""
         is_ours = host == headers.get("host", "").lower() and is_own_host(host, settings)
@@ -7696,11 +7698,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     protocol_version = request_version = "HTTP/1.1"
     command, request, extra_headers, close_connection = "", None, (), True
+    deadline = property(lambda self: self.begun + self.settings.httpd.timeout)  # of what the client is to do now
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
         self.settings, self.buffer, self.in_flight = worker.app.settings, b"", 0  # octets of a body that comes in parts
-        self.deadline = time.monotonic() + self.settings.httpd.timeout  # of what the client is to do now
+        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets that it has brought
         address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # Unix socket: this machine
         self.peer = parse_ip(address)
 
@@ -7711,28 +7714,23 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
                 self.connection.sock = sock
                 await self._while_idle(self.connection.call(sock.do_handshake, self.deadline))
-            while await self._wait_request():
+            while True:
+                self.buffer = self.buffer.lstrip(b"\r\n")  # line ends before a request are ignored (RFC 9112 2.2)
+                if not self.buffer:
+                    self.buffer = await self._receive()
+                    continue
                 await self.connection.sendall(await self.handle_one_request(), self.deadline)
                 if self.close_connection:
                     await self.connection.drain(self.deadline)
                     await self._while_idle(lingering_close(self.connection))
                     break
-        except (OSError, ValueError):  # the client is gone
+        except (OSError, ValueError, Rejected):  # the client is gone, or silent
             pass
         finally:
-            close_notify(self.connection.sock)
+            with contextlib.suppress(OSError, ValueError):
+                close_notify(self.connection.sock)
             self.connection.close()
             self.worker.forget(self)
-
-    async def _wait_request(self) -> bool:
-        """Return True when a request begins, False if the client closed; socket.timeout if it took too long."""
-        self.buffer = self.buffer.lstrip(b"\r\n")  # line ends before it are ignored (RFC 9112 2.2)
-        while not self.buffer:
-            octets = await self._while_idle(self.connection.recv(16384, self.deadline))
-            if not octets:
-                return False
-            self.buffer = octets.lstrip(b"\r\n")
-        return True
 
     async def _while_idle(self, waiting: Any) -> Any:
         """Await something while the connection may be closed in favour of another."""
@@ -7745,8 +7743,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection` and `deadline`."""
         self.settings = self.app.settings  # one set from beginning to end
-        began = time.monotonic()
-        self.deadline = began + self.settings.httpd.timeout
+        self.begun, self.received = time.monotonic(), len(self.buffer)
         self.request, self.command, self.unread, self.extra_headers = None, "", CHUNKED, ()
         try:
             response = await self._respond()
@@ -7766,9 +7763,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = not (request and request.keep_alive and not self.unread and not self.app.stopping)
         path = route_key(request.path) if request else ""
         metrics.add("haineko_http_requests_total", path if path in PATHS else "other", response.status)
-        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - began)
+        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
         octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
-        self.deadline = time.monotonic() + self.settings.httpd.timeout  # to take it, and for a new request
+        self.begun, self.received = time.monotonic(), 0  # its turn to take it, and for a new request
         return octets
 
     async def _respond(self) -> Response:
@@ -7789,9 +7786,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = self._endpoint(request)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
-            if password.logins and not password.authenticate(
-                credentials_of(request), cached=True
-            ):  # a hash is computed
+            is_slow = password.logins and not password.authenticate(credentials_of(request), cached=True)
+            if is_slow:  # a hash is computed
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)
@@ -7859,15 +7855,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             searched = max(len(self.buffer) - 3, 0)
             self.buffer += await self._receive()
 
-    async def _receive(self, limit: int = 65536) -> bytes:
-        """Return octets from the client; raise Rejected at the deadline."""
+    async def _receive(self, limit: int = 16384) -> bytes:
+        """Return octets from the client; raise Rejected at the deadline, ConnectionError at the end."""
         try:
-            await asyncio.sleep(0)  # a client that sends faster than we read must not delay the others
             octets = await self._while_idle(self.connection.recv(limit, self.deadline))
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
-            raise ConnectionError("closed within a request")
+            raise ConnectionError("closed")
+        self.received += len(octets)
         if self.request:  # these are of its body
             size = self.settings.smtpd.max_message_size
             self.in_flight += len(octets)
@@ -7928,7 +7924,7 @@ async def lingering_close(sock: AsyncSocket) -> None:
     """End the stream and read what still arrives: else a reset could destroy the last response (RFC 9112 9.6)."""
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
-        close_notify(sock.sock)
+        await sock.call(functools.partial(close_notify, sock.sock), deadline)
         sock.sock.shutdown(socket.SHUT_WR)
         while await sock.recv(1 << 18, deadline):
             pass
@@ -7937,7 +7933,7 @@ async def lingering_close(sock: AsyncSocket) -> None:
 def close_notify(sock: Any) -> None:
     """Send the closure alert of TLS (RFC 9112 9.8); the client's own is not waited for."""
     if isinstance(sock, ssl.SSLSocket):
-        with contextlib.suppress(OSError, ValueError):  # not answered yet, or the connection is broken or closed
+        with contextlib.suppress(ssl.SSLWantReadError):
             sock.unwrap()
 
 
@@ -7948,11 +7944,10 @@ class Worker:
         self.app = App(supervisor.settings, supervisor.wakeup_pair[1], supervisor.limits)
         self.listeners, self.parent_pipe = supervisor.listeners, supervisor.parent_pipe
         self.busy_counts, self.slot = supervisor.busy_counts, slot
-        self.loop = EventLoop()
-        self.queue_manager = (
-            QueueManager(self.app, supervisor.wakeup_pair[0]) if slot == len(self.busy_counts) else None
-        )
+        self.loop, is_of_queue = EventLoop(), slot == len(self.busy_counts)
+        self.queue_manager = QueueManager(self.app, supervisor.wakeup_pair[0]) if is_of_queue else None
         self.connections: set = set()
+        self.per_address: Counter = Counter()  # of the connections
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
 
@@ -8018,6 +8013,7 @@ class Worker:
                 self.loop.create_task(self._reject_503(connection))
                 continue
             self.connections.add(connection)
+            self.per_address[connection.peer] += 1
             self.mark(connection, idle=False)
             self.loop.create_task(connection.handle())
 
@@ -8038,7 +8034,11 @@ class Worker:
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
-        self.connections.discard(connection)
+        if connection in self.connections:
+            self.connections.discard(connection)
+            self.per_address[connection.peer] -= 1
+            if not self.per_address[connection.peer]:
+                del self.per_address[connection.peer]
         self.mark(connection, idle=False)
 
     async def _reject_503(self, connection: Connection) -> None:
@@ -8057,8 +8057,16 @@ class Worker:
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that waits longest for its client; return False if none does."""
-        return any(map(self._interrupt, list(self.idle)))
+        """Close the idle connection that brought least for its time; return False if none is idle. Those of an address
+        with more than a quarter of max_connections go first, unless it stands for many clients."""
+        httpd, now = self.app.settings.httpd, time.monotonic()
+
+        def precedence(one: Connection) -> tuple:
+            is_crowded = self.per_address[one.peer] > httpd.max_connections // 4
+            stands_for_many = one.port is None or one.peer in httpd.trusted_proxies
+            return stands_for_many or not is_crowded, (one.received + 500) / max(now - one.begun, 1)  # octets a second
+
+        return any(map(self._interrupt, sorted(itertools.islice(self.idle, MAX_VICTIMS), key=precedence)))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
@@ -8072,8 +8080,6 @@ class Worker:
         while True:
             metrics.beat()
             log.reopen()
-            lost, log.lost_ever = log.lost_ever, 0
-            metrics.add("haineko_log_lines_lost_total", by=lost)
             await self.app.transport.sweep()
             pools = self.app.transport.pools.values()
             metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
@@ -8121,6 +8127,8 @@ class Supervisor:
         metrics.allocate(METRICS, len(self.busy_counts) + 2)  # the last rows: the queue's process, the supervisor
         metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
         metrics.set("haineko_reload_success", to=1)
+        metrics.set("process_start_time_seconds", to=int(time.time()))
+        metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         alarm.settimeout(min(self.watchdog or 1.0, 1.0))
         self._replace()
         ready()
@@ -8246,7 +8254,10 @@ class Supervisor:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         self._notify("STOPPING=1", "STATUS=answering what is in flight")
         for listener in self.listeners:
-            listener.close()  # a Unix socket's file stays: bind() replaces it, and systemd's is systemd's
+            if listener.family == socket.AF_UNIX and not isinstance(listener, ActivatedSocket):
+                with contextlib.suppress(OSError):
+                    os.unlink(listener.getsockname())
+            listener.close()
         self._signal(self.workers, signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
@@ -8267,14 +8278,8 @@ def bind(listen: str) -> socket.socket:
         return socket.create_server(address, family=family, backlog=BACKLOG)
     path = listen[5:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        found = client.connect_ex(path)
-    if found == errno.ECONNREFUSED and not stat.S_ISSOCK(os.stat(path).st_mode):  # a file refuses as well
-        raise OSError(errno.EEXIST, "exists and is not a socket")
-    if found == errno.ECONNREFUSED:
-        os.unlink(path)
-    elif found != errno.ENOENT:
-        found = found or errno.EADDRINUSE
-        raise OSError(found, os.strerror(found))
+        if client.connect_ex(path) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
@@ -8282,12 +8287,16 @@ def bind(listen: str) -> socket.socket:
     return listener
 
 
+class ActivatedSocket(socket.socket):
+    """Listening socket that systemd has opened, and removes."""
+
+
 def activated_sockets() -> list:
     """Return the sockets that systemd passes to this process, from descriptor 3 on (sd_listen_fds(3))."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    listeners = [socket.socket(fileno=number) for number in range(3, 3 + int(count))]
+    listeners = [ActivatedSocket(fileno=number) for number in range(3, 3 + int(count))]
     for listener in listeners:
         listener.set_inheritable(False)
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
