@@ -6033,12 +6033,11 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}. Your mail to <{to}> could not be delivered.
+This is the mail system at {hostname}. Your mail to <{to}> could not be delivered
+and will not be tried again. The beginning of its header is attached.
 After {attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
-
-It will not be tried again. The beginning of its header is attached.
 
 --{boundary}
 Content-Type: message/delivery-status
@@ -6140,11 +6139,10 @@ class QueueDB:
 
     def free_space(self) -> int:
         """Return how many octets the disk has free, -1 if it can't be used."""
-        try:
+        with contextlib.suppress(OSError):
             disk = os.statvfs(os.path.dirname(self.settings.path))
-        except OSError:
-            return -1
-        return disk.f_bavail * disk.f_frsize
+            return disk.f_bavail * disk.f_frsize
+        return -1
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -6155,6 +6153,7 @@ class QueueDB:
         """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
         import sqlite3
 
+        fault = ""
         try:
             self._lock()
             db = self._open()  # now, when no other process writes: the files may have been replaced
@@ -6163,18 +6162,21 @@ class QueueDB:
             db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
             self.close()
-            self._log_fault(f"{self.settings.path}: {error}")
-            return [Rejected(make_reply("store", mailer="Queue")) for _ in work]
+            fault = f"{self.settings.path}: {error}"
+            results = [Rejected(make_reply("store", mailer="Queue")) for _ in work]
         except Exception as error:  # a bug in one operation must not undo the others
             self.close()
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            return [error]
+            results = [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
-        self._log_fault("")
+        if fault != self.fault:
+            text = f"queue: {sanitize(fault)}; nothing is accepted into it" if fault else "queue: can be used again"
+            log.lines(text, level="error" if fault else "info")
+        self.fault = fault
         return results
 
     def close(self, for_good: bool = False) -> None:
@@ -6185,12 +6187,6 @@ class QueueDB:
         if for_good and self.locks:
             os.close(self.locks)
             self.locks = 0
-
-    def _log_fault(self, error: str) -> None:
-        if error != self.fault:
-            text = f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again"
-            log.lines(text, level="error" if error else "info")
-        self.fault = error
 
     def _lock(self) -> None:
         """Lock the lock file's first byte, for a transaction, and the one of this process's slot, for good. The kernel
@@ -6229,20 +6225,18 @@ class QueueDB:
         if not version:
             db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
         elif version != SCHEMA_VERSION:
-            older = "an older one: let the Haineko that wrote it deliver what waits, then delete it"
-            what = "newer than this Haineko's" if version > SCHEMA_VERSION else older
-            raise OSError(f"{OTHER_VERSION} {version}, {what}")
+            way_out = "let the Haineko that wrote it deliver what waits, then delete it"
+            raise OSError(f"{OTHER_VERSION} {version}, this Haineko's is {SCHEMA_VERSION}: {way_out}")
         self.file_ids = list(map(file_id, paths))
         return db
 
 
 def file_id(file: str | int) -> tuple | None:
     """Return the device and inode of a path or an open file, None if there is none."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         found = os.stat(file)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
+        return found.st_dev, found.st_ino
+    return None
 
 
 def open_private(path: str, flags: int) -> int:
@@ -6564,17 +6558,17 @@ class QueueManager:
             reply, destination = await self._attempt(leased, settings)
             leased, age = leased._replace(attempts=leased.attempts + 1), time.time() - item.created_at
             result = attempt_result(reply, leased.attempts, age, random_unit(), settings.queue)
-        now, state, relay = time.time(), result.state, (reply.mailer or "")
+        now, state, relay = time.time(), result.state, reply.mailer or ""
         note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
         note += "; may arrive twice" if reply.maybe_delivered else ""
-        status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[state]
+        waits = "unsure" if reply.maybe_delivered else "deferred"
+        outcomes = {"delivered": ("sent", "accepted"), "failed": ("bounced", "failed"), "open": ("deferred", waits)}
+        status, outcome = outcomes[state]
         fields = {"queueid": item.queueid, "from": item.sender, "to": [leased.to.recipient]}
         log_reply("attempt", reply, status, max(now - item.created_at, 0), note, **fields)
         if item.kind == "event":
             metrics.add("haineko_webhook_events_total", "deferred" if state == "open" else state)
         else:
-            waits = "unsure" if reply.maybe_delivered else "deferred"
-            outcome = {"delivered": "accepted", "open": waits, "failed": "failed"}[state]
             relay = "File" if relay.startswith("/") else relay if relay in RELAYS else "other"
             metrics.add("haineko_recipients_total", relay, outcome)
         follow_ups = notifications(leased, reply, state, settings, now)
@@ -6660,6 +6654,8 @@ class Response(NamedTuple):
     headers: tuple = ()  # of (name, value)
     type: str = "application/json; charset=utf-8"
 
+    serialized = property(lambda self: ENCODER.encode([self.status, self.headers, self.body.decode()]))  # for the queue
+
 
 class Mail(NamedTuple):
     """A mail on its way from the request to the answer; without transactions it is refused."""
@@ -6718,8 +6714,7 @@ async def submit(request: Request, app: App) -> Response:
         mail.add_replies(replies)
         response = respond(request, mail)
         if mail.key:
-            outcome = mail.queueid, results, serialize_response(response), time.time()
-            await app.queue.do_eventually(finish_request, *outcome)
+            await app.queue.do_eventually(finish_request, mail.queueid, results, response.serialized, time.time())
         return response
     except Rejected as error:
         return respond(request, mail._replace(replies={None: error.reply}))
@@ -6758,10 +6753,8 @@ def count_recipients(transactions: list, replies: list) -> None:
     """Count the final replies to a request in the metrics."""
     relays = [transaction.route.relay for transaction in transactions for _ in transaction.recipients]
     for relay, reply in zip(relays, replies):
-        if reply.accepted:
-            outcome = "queued" if reply.origin == "queue" else "accepted"
-        else:
-            outcome = "unsure" if reply.maybe_delivered else "deferred" if reply.temporary else "refused"
+        outcome = {"sent": "accepted", "deferred": "deferred", "bounced": "refused"}[reply.log_status]
+        outcome = "queued" if reply.origin == "queue" else "unsure" if reply.maybe_delivered else outcome
         metrics.add("haineko_recipients_total", relay, outcome)
 
 
@@ -6924,14 +6917,10 @@ async def replay_response(request: Request, mail: Mail, earlier: Any, app: App) 
     if stored is None:  # its process ended before it could answer; the queue has taken the mail over
         rows = {row["as_written"]: row for row in (await app.queue.do(message_status, queueid))["recipients"]}
         mail.add_replies([current_reply(queueid, rows[mailbox.as_written]) for mailbox in mail.accepted])
-        stored = serialize_response(respond(request, mail._replace(queueid=queueid)))
+        stored = respond(request, mail._replace(queueid=queueid)).serialized
         await app.queue.do(finish_request, queueid, [], stored, request.now)
     status, headers, body = json.loads(stored)
     return Response(status, body.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
-
-
-def serialize_response(result: Response) -> str:
-    return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
@@ -7142,7 +7131,7 @@ async def store_mails(request: Request, mails: list, response: Response, app: Ap
         for to, reply in mail.refused.items():
             leased = LeasedRecipient(0, items[-1], NewRecipient(to, to, 1, ""), attempts=1)
             reports += notifications(leased, reply, "failed", request.settings, request.now)
-    earlier = await app.queue.add(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
+    earlier = await app.queue.add(enqueue_all, [*items, *reports], response.serialized if key else None)
     if earlier:
         return await replay_response(request, mails[0]._replace(body_digest=digest), earlier, app)
     for mail in mails:

@@ -9921,14 +9921,16 @@ class QueueStore(Quiet):
 
     def test_files_of_other_versions_are_refused(self):
         self.do(haineko.enqueue, entry(), None)
-        for version, words in ((1, "an older one: let the Haineko that wrote it"), (99, "newer than this Haineko's")):
+        for version in (1, 99):
             with self.subTest(version):
                 with contextlib.closing(sqlite3.connect(self.policy.path)) as db:
                     db.execute(f"PRAGMA user_version={version}")
                 self.store.close()
                 with self.assertRaises(haineko.Rejected):
                     self.do(haineko.queue_stats, 0)
-                self.assertIn(f"is of version {version}, {words}", self.store.fault)
+                self.assertIn(
+                    f"is of version {version}, this Haineko's is 2: let the Haineko that wrote", self.store.fault
+                )
 
     def test_what_cannot_be_read_is_held_and_stops_no_other(self):
         table = (("history", "{"), ("history", "[5]"), ("history", "[[1]]"), ("parts", "[]"), ("parts", "7"))
@@ -10723,7 +10725,7 @@ class QueueAlone(unittest.TestCase):
                 json.dump({"queue": {"path": "haineko.db"}}, stream)
             found = run_program("serve", "-c", config, "--listen", "127.0.0.1:0", text=True)
             self.assertEqual(found.returncode, 2)
-            self.assertIn("is of version 99, newer than this Haineko's", found.stderr)
+            self.assertIn("is of version 99, this Haineko's is 2", found.stderr)
 
 
 class QueueCrash(unittest.TestCase):
