@@ -5944,6 +5944,8 @@ class QueueItem(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None  # of the request's body
     send_at: float = 0.0  # no attempt is made before
+    response: str | None = None  # to the request, for later ones with the same key
+    others: tuple = ()  # QueueItems that are stored with it, or not at all
 
 
 class LeasedRecipient(NamedTuple):
@@ -6260,8 +6262,7 @@ SCHEMA = """
         owner INTEGER,                     -- slot of the process that has yet to answer its client
         key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
         body_digest BLOB, response TEXT,   -- of the request; JSON of status, headers, body
-        size INTEGER NOT NULL,             -- octets of the message
-        parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        size INTEGER NOT NULL, parts TEXT NOT NULL,  -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), length of each part, DSN
         octets BLOB NOT NULL               -- the parts; empty once completed
     );
     CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
@@ -6299,9 +6300,9 @@ def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, le
     owner = slot if leased or results else None
     message = db.execute(
         "INSERT INTO messages (queueid, kind, sender, login, created_at, open_recipients, owner, key, body_digest,"
-        " size, parts, octets) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " response, size, parts, octets) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (item.queueid, item.kind, item.sender, item.login, item.created_at, len(item.recipients), owner, item.key,
-         item.body_digest, len(octets), parts, octets),
+         item.body_digest, item.response, len(octets), parts, octets),
     ).lastrowid  # fmt: skip
     starts_at = max(item.created_at, item.send_at)  # the lifetime counts from then
     due = starts_at if owner is None else None
@@ -6312,17 +6313,9 @@ def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, le
     )
     if results:  # their attempts took a while
         finish_request(db, slot, item.queueid, results, None, max(time.time(), item.created_at))
+    for other in item.others:
+        enqueue(db, slot, other)
     return None
-
-
-def enqueue_all(db: Any, slot: int, items: list, response: str | None) -> Any:
-    """Store the mails of a request and its response; or return the earlier mail with the key of the first."""
-    earlier = enqueue(db, slot, items[0])
-    if not earlier:
-        for item in items[1:]:
-            enqueue(db, slot, item)
-        finish_request(db, slot, items[0].queueid, [], response, items[0].created_at)
-    return earlier
 
 
 def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
@@ -6409,8 +6402,9 @@ def leased_recipient(row: Any) -> LeasedRecipient:
     return LeasedRecipient(row["id"], item, to, row["attempts"], history, bool(row["expired"] and history))
 
 
-def maintain(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
-    """Release the leases of processes that have ended (`queue_db` has the lock file); delete some of what is old."""
+def maintain(db: Any, slot: int, queue_db: QueueDB, now: float, set_back: bool = False) -> None:
+    """Release the leases of processes that have ended (`queue_db` has the lock file); delete some of what is old. If
+    the clock was set back, make due what would wait longer than any pause, but not what is to be sent later."""
     sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
     for (owner,) in db.execute(sql, (slot,)).fetchall():
         try:
@@ -6421,6 +6415,10 @@ def maintain(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
         fcntl.lockf(queue_db.locks, fcntl.LOCK_UN, 1, owner)
     sql = "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE completed_at<? LIMIT 500)"
     db.execute(sql, (now - RETENTION,))
+    if set_back:
+        latest = now + 1.2 * max(queue_db.settings.retry_after)
+        created_at = "(SELECT created_at FROM messages WHERE id=message)"
+        db.execute(f"UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<={created_at})", (now, latest))
 
 
 def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, where: str = "", *values: Any) -> None:
@@ -6488,13 +6486,6 @@ def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
     return count
 
 
-def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
-    """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
-    latest = now + 1.2 * max(settings.retry_after)
-    created_at = "(SELECT created_at FROM messages WHERE id=message)"
-    db.execute(f"UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<={created_at})", (now, latest))
-
-
 # -- The process that delivers
 
 
@@ -6515,9 +6506,8 @@ class QueueManager:
             try:
                 if time.monotonic() - checked_at > 1:
                     checked_at = time.monotonic()
-                    await self.db.do(maintain, self.db, now)
-                    if now - checked_at < clock_offset - 60:  # the clock was set back, perhaps while no process ran
-                        await self.db.do(correct_due, self.db.settings, now)
+                    set_back = now - checked_at < clock_offset - 60  # at the start: perhaps while no process ran
+                    await self.db.do(maintain, self.db, now, set_back)
                     clock_offset = now - checked_at  # from time.monotonic()
                 await self._schedule(now)
                 await wakeups.recv(65536, time.monotonic() + 1)
@@ -6739,8 +6729,8 @@ async def prepare(request: Request, parse: Callable, body: Any) -> Mail:
             request.body = body = b""  # its memory is needed for the message
         values = request, submission, queueid, accepted
         in_thread = is_expensive(submission)
-        message = await asyncio.to_thread(compose_and_check, *values) if in_thread else compose_and_check(*values)
-        transactions, accepted = plan_transactions(submission, message, accepted, request.settings, queueid)
+        planned = await asyncio.to_thread(compose_and_plan, *values) if in_thread else compose_and_plan(*values)
+        transactions, accepted = planned
     except Rejected as error:
         return Mail(queueid, submission, {None: error.reply})
     if submission.attachments or submission.raw:  # they only fill memory now
@@ -6778,9 +6768,11 @@ def document_digest(body: Any) -> bytes:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
-def compose_and_check(request: Request, submission: Submission, queueid: str, accepted: list) -> Message:
-    """Return the message; raise Rejected if a check of the content or of the message fails."""
-    settings = request.settings
+def compose_and_plan(request: Request, submission: Submission, queueid: str, accepted: list) -> tuple:
+    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, by MX one
+    each domain; else each. Raise Rejected if a check of the content or of the message fails, and for commands of cloud
+    relays that a route does not let a client send."""
+    settings, sender = request.settings, parse_address(submission.mail) or NULL_SENDER
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
     shown = apply_staging(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
@@ -6790,7 +6782,19 @@ def compose_and_check(request: Request, submission: Submission, queueid: str, ac
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
-    return message
+    groups, transactions, signed = {}, [], {}
+    for i, mailbox in enumerate([parse_address(to) for to in settings.smtpd.redirect] or accepted):
+        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
+        key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
+        groups.setdefault(key, (route, []))[1].append(mailbox)
+    names = provider_header_names(submission)
+    if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
+        lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
+        raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
+    for number, (route, mailboxes) in enumerate(groups.values(), 1):
+        envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
+        transactions.append(Transaction(route, *envelope, message, number, settings.dkim, submission.trace, signed))
+    return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
 def apply_staging(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
@@ -6930,28 +6934,6 @@ def current_reply(queueid: str, row: Any) -> Reply:
     return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
 
 
-def plan_transactions(
-    submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
-) -> tuple:
-    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, by MX one
-    each domain; else each. Raise Rejected for commands of cloud relays that a route does not let a client send."""
-    groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
-    accepted = [parse_address(to) for to in settings.smtpd.redirect] or accepted
-    for i, mailbox in enumerate(accepted):
-        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
-        key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
-        groups.setdefault(key, (route, []))[1].append(mailbox)
-    names = provider_header_names(submission)
-    if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
-        lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
-        raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
-    transactions, signed = [], {}
-    for number, (route, mailboxes) in enumerate(groups.values(), 1):
-        envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
-        transactions.append(Transaction(route, *envelope, message, number, settings.dkim, submission.trace, signed))
-    return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
-
-
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
@@ -7047,8 +7029,9 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
         left, reset = state.remaining, math.ceil(state.reset)
         headers["RateLimit-Policy"] = f'"default";q={rate.limit};w={rate.seconds}'
         headers["RateLimit"] = f'"default";r={left};t={reset}'
-        older = {"ratelimit-limit": rate.limit, "ratelimit-remaining": left, "ratelimit-reset": reset}
-        headers.update({name: str(value) for name, value in older.items()})
+        headers.update(
+            {"ratelimit-limit": f"{rate.limit}", "ratelimit-remaining": f"{left}", "ratelimit-reset": f"{reset}"}
+        )
     return tuple(headers.items())
 
 
@@ -7131,8 +7114,8 @@ async def store_mails(request: Request, mails: list, response: Response, app: Ap
         for to, reply in mail.refused.items():
             leased = LeasedRecipient(0, items[-1], NewRecipient(to, to, 1, ""), attempts=1)
             reports += notifications(leased, reply, "failed", request.settings, request.now)
-    earlier = await app.queue.add(enqueue_all, [*items, *reports], response.serialized if key else None)
-    if earlier:
+    first = items[0]._replace(response=response.serialized if key else None, others=(*items[1:], *reports))
+    if earlier := await app.queue.add(enqueue, first):
         return await replay_response(request, mails[0]._replace(body_digest=digest), earlier, app)
     for mail in mails:
         count_recipients(mail.transactions, [queued_reply(mail.queueid)] * len(mail.accepted))

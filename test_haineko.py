@@ -10136,7 +10136,7 @@ class QueueStore(Quiet):
         self.do(haineko.enqueue, entry("for later", lane="c"), None)
         self.store.db.execute("UPDATE recipients SET due=created_at+? WHERE destination='c'", (days,))
         self.assertEqual(self.lease(past), [])
-        self.do(haineko.correct_due, self.policy, past)
+        self.do(haineko.maintain, self.store, past, True)
         self.assertEqual([leased.item.queueid for leased in self.lease(past)], ["tried", "fresh"])
 
     def test_mail_for_later(self):
@@ -10145,7 +10145,7 @@ class QueueStore(Quiet):
         for at, queueid in ((now + 99, "later"), (now - 99, "past")):
             self.do(haineko.enqueue, entry(queueid, born=now, send_at=at), None)
         self.assertEqual([(leased.item.queueid, leased.item.created_at) for leased in self.lease(now)], [("past", now)])
-        self.do(haineko.correct_due, self.policy, now - 9e5)
+        self.do(haineko.maintain, self.store, now - 9e5, True)
         self.assertEqual(self.do(haineko.flush_queue, None), 0)
         self.assertEqual(self.lease(now + 98), [])
         ((queueid, created_at),) = [(leased.item.queueid, leased.item.created_at) for leased in self.lease(now + 100)]
