@@ -5886,12 +5886,11 @@ MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
 MAX_BATCH = 256  # operations in one transaction; other processes wait for its end
 NEXT_SQL = "SELECT min(destination) FROM recipients WHERE due IS NOT NULL AND destination>?"  # one index search
-WAITING_SQL = (
-    "SELECT r.*, queueid, kind, sender, login, parts, octets, {} AS expired FROM recipients r"
-    " JOIN messages m ON m.id=r.message WHERE destination=? AND due IS NOT NULL AND "
-)
-DUE_SQL = WAITING_SQL.format(0) + "due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = WAITING_SQL.format(1) + "r.created_at<=? AND attempts>=? ORDER BY r.created_at LIMIT ?"
+BOTH_TABLES = "recipients r JOIN messages m ON m.id=r.message"
+WAITING_SQL = f"""SELECT r.*, queueid, kind, sender, login, parts, octets, %d AS expired FROM {BOTH_TABLES}
+    WHERE destination=? AND due IS NOT NULL AND"""
+DUE_SQL = f"{WAITING_SQL % 0} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL % 1} r.created_at<=? AND attempts>=? ORDER BY r.created_at LIMIT ?"
 STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
 WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
 
@@ -5976,7 +5975,7 @@ def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: S
     """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
     item, url, items = leased.item, settings.queue.webhook, []
     event = "deferred" if state == "open" and leased.attempts == 1 else state
-    if item.kind == "event" or not item.sender:  # a bounce
+    if not item.sender:  # an event or a bounce
         return ()
     if event != "open" and url:  # in the form of Standard Webhooks; the queue id is the webhook-id
         data = {"queueid": item.queueid, "login": item.login or None, "addresser": item.sender}
@@ -6085,10 +6084,9 @@ class QueueDB:
     """The queue's file as one process uses it. One thread commits, and what comes meanwhile is the next transaction, so
     that many mails share one fsync."""
 
-    BUSY = 5.0  # seconds to wait for another process's lock
-
     def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
         self.settings, self.wake_socket = settings, wake_socket
+        self.timeout = 5.0  # seconds to wait for another program's lock
         self.waiting: list = []  # of (operation, values, future)
         self.committing: asyncio.Task | None = None
         self.thread = ThreadPoolExecutor(1)
@@ -6148,8 +6146,8 @@ class QueueDB:
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
-        is_full = self.free_space() < self.settings.min_free
-        return "the queue can't be used" if self.fault else "disk full" if is_full else ""
+        full = "disk full" if self.free_space() < self.settings.min_free else ""
+        return "the queue can't be used" if self.fault else full
 
     def commit(self, work: list) -> list:
         """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
@@ -6220,7 +6218,7 @@ class QueueDB:
         for name in paths:
             if name == path or os.path.lexists(name):
                 os.close(open_private(name, os.O_RDONLY))
-        db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
+        db = self.db = sqlite3.connect(path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON")
         version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -6260,8 +6258,7 @@ SCHEMA = """
         sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
         open_recipients INTEGER NOT NULL, completed_at REAL,  -- neither delivered nor given up; when none was left
         owner INTEGER,                     -- slot of the process that has yet to answer its client
-        key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
-        body_digest BLOB, response TEXT,   -- of the request; JSON of status, headers, body
+        key BLOB UNIQUE, body_digest BLOB, response TEXT,  -- with Idempotency-Key; JSON of status, headers, body
         size INTEGER NOT NULL, parts TEXT NOT NULL,  -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), length of each part, DSN
         octets BLOB NOT NULL               -- the parts; empty once completed
     );
@@ -6320,7 +6317,7 @@ def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, le
 
 def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
     """Record the results of a mail's first attempts, and the response to its client."""
-    sql = "SELECT r.id FROM recipients r JOIN messages m ON m.id=r.message WHERE queueid=? ORDER BY r.id"
+    sql = f"SELECT r.id FROM {BOTH_TABLES} WHERE queueid=? ORDER BY r.id"
     for row, result in zip(db.execute(sql, (queueid,)).fetchall(), results):
         finish_attempt(db, slot, row["id"], result, now)
     db.execute("UPDATE messages SET owner=NULL, response=? WHERE queueid=?", (response, queueid))
@@ -6424,7 +6421,7 @@ def maintain(db: Any, slot: int, queue_db: QueueDB, now: float, set_back: bool =
 def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, where: str = "", *values: Any) -> None:
     """End the leases of a slot, or those that an SQL condition selects; their mail may have been sent."""
     reply = make_reply("interrupted", mailer="Queue")
-    sql = f"SELECT r.*, m.queueid FROM recipients r JOIN messages m ON m.id=r.message WHERE r.owner=?{where}"
+    sql = f"SELECT r.*, m.queueid FROM {BOTH_TABLES} WHERE r.owner=?{where}"
     for row in db.execute(sql, (owner, *values)).fetchall():
         count = row["interruptions"] + 1
         held = count >= MAX_INTERRUPTIONS
@@ -6460,11 +6457,9 @@ def queue_stats(db: Any, slot: int, now: float) -> dict:
 
 def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
     """Return rows of the next recipients that are open or held, in the order in which they came."""
-    return db.execute(
-        f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state IN ('open', 'held') ORDER BY r.id LIMIT ?",
-        (row_id, limit),
-    ).fetchall()
+    columns = f"r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL}"
+    sql = f"SELECT {columns} FROM {BOTH_TABLES} WHERE r.id>? AND r.state IN ('open', 'held') ORDER BY r.id LIMIT ?"
+    return db.execute(sql, (row_id, limit)).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
@@ -6533,8 +6528,7 @@ class QueueManager:
             await self._attempt_and_record(leased)
         except Exception:  # nobody else would end the lease
             log_exception(leased.item.queueid)
-            lease = self.db.settings, time.time(), " AND r.id=?", leased.id
-            await self.db.do_eventually(release_leases, *lease)
+            await self.db.do_eventually(release_leases, self.db.settings, time.time(), " AND r.id=?", leased.id)
         finally:
             self.in_flight[leased.to.destination] -= 1
         self.db.wake_manager()
@@ -6574,8 +6568,7 @@ class QueueManager:
             destination = before
         else:
             redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
-            elsewhere = redirect and recipient not in redirect  # mail from before, or a bounce
-            to = parse_address(redirect[0] if elsewhere else recipient)
+            to = parse_address(redirect[0] if redirect and recipient not in redirect else recipient)  # mail from before
             sandbox = before == destination_key(SANDBOX_ROUTE, "")
             route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
             envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
@@ -6659,9 +6652,7 @@ class Mail(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None
 
-    @property
-    def refused(self) -> dict:
-        return {to: reply for to, reply in self.replies.items() if reply and not reply.accepted}
+    refused = property(lambda self: {to: reply for to, reply in self.replies.items() if reply and not reply.accepted})
 
     @property
     def error(self) -> Reply | None:
@@ -6692,14 +6683,12 @@ async def submit(request: Request, app: App) -> Response:
             item = new_item(request, mail)
             if earlier := await app.queue.add(enqueue, item, None, not mail.is_async):
                 return await replay_response(request, mail, earlier, app)
-        results: list = []
         if mail.is_async:
             announce_queued(request, [item], app)
-            replies = [queued_reply(mail.queueid)] * len(mail.accepted)
+            replies, results = [queued_reply(mail.queueid)] * len(mail.accepted), []
         else:
             replies = log_results(request, await deliver(mail.transactions, app.transport, settings))
-            if app.queue:
-                replies, results = await queue_deferred(request, mail, replies, app)
+            replies, results = await queue_deferred(request, mail, replies, app)
         count_recipients(mail.transactions, replies)
         mail.add_replies(replies)
         response = respond(request, mail)
@@ -6710,8 +6699,7 @@ async def submit(request: Request, app: App) -> Response:
         return respond(request, mail._replace(replies={None: error.reply}))
     except Exception:  # a bug: what this request has leased is left to the queue
         if app.queue:
-            lease = app.queue.settings, time.time(), " AND m.queueid=?", mail.queueid
-            await app.queue.do_eventually(release_leases, *lease)
+            await app.queue.do_eventually(release_leases, settings.queue, time.time(), " AND m.queueid=?", mail.queueid)
         raise
 
 
@@ -6770,8 +6758,7 @@ def document_digest(body: Any) -> bytes:
 
 def compose_and_plan(request: Request, submission: Submission, queueid: str, accepted: list) -> tuple:
     """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, by MX one
-    each domain; else each. Raise Rejected if a check of the content or of the message fails, and for commands of cloud
-    relays that a route does not let a client send."""
+    each domain; else each. Raise Rejected if a check fails, and for commands of cloud relays that a route forbids."""
     settings, sender = request.settings, parse_address(submission.mail) or NULL_SENDER
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
@@ -6828,9 +6815,8 @@ def describe_route(route: Route) -> str:
     if route.fallbacks:
         return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
-    login = f", AUTH as {route.auth}" if route.auth else ""
     where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
-    return where + tls + login
+    return where + tls + (f", AUTH as {route.auth}" if route.auth else "")
 
 
 def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
@@ -6889,7 +6875,7 @@ def announce_queued(request: Request, items: list, app: App) -> None:
 
 async def queue_deferred(request: Request, mail: Mail, replies: list, app: App) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
-    if not (mail.key or any(reply.temporary for reply in replies)):
+    if not app.queue or not (mail.key or any(reply.temporary for reply in replies)):
         return replies, []
     item, settings, now = new_item(request, mail), request.settings, time.time()
     results = [attempt_result(reply, 1, 0.0, random_unit(), settings.queue) for reply in replies]
@@ -7029,9 +7015,8 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
         left, reset = state.remaining, math.ceil(state.reset)
         headers["RateLimit-Policy"] = f'"default";q={rate.limit};w={rate.seconds}'
         headers["RateLimit"] = f'"default";r={left};t={reset}'
-        headers.update(
-            {"ratelimit-limit": f"{rate.limit}", "ratelimit-remaining": f"{left}", "ratelimit-reset": f"{reset}"}
-        )
+        older = {"ratelimit-limit": rate.limit, "ratelimit-remaining": left, "ratelimit-reset": reset}
+        headers.update({name: str(value) for name, value in older.items()})
     return tuple(headers.items())
 
 

@@ -9838,7 +9838,7 @@ class QueueStore(Quiet):
 
     def open(self):
         store = haineko.QueueDB(self.policy)
-        store.BUSY = 0.1
+        store.timeout = 0.1
         self.addCleanup(store.close, True)
         return store
 
