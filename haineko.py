@@ -668,7 +668,7 @@ class Relay(NamedTuple):
     """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
 
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
-    probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
+    probe: Callable | None  # (Route, hostname, recipients' domain or "", TransportContext): awaited for CheckResults
     default_port: int = 25
     api_url: str = ""  # template of the base URL of a relay by HTTP
     needs: tuple = ()  # settings that its routes must have
@@ -678,6 +678,12 @@ class Relay(NamedTuple):
     destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
     into_folder: bool = False  # delivers into a folder of this machine
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
+    # Of a relay by HTTP; a document is the JSON object in a response, LookupError or TypeError: not this API's
+    request: Callable | None = None  # (Transaction): HTTPRequest; ValueError if the API can't express the message
+    replies: Callable | None = None  # (Transaction, HTTPResponse): a Reply for each recipient
+    errors: Callable = lambda document, headers: []  # the error messages
+    ping: Callable | None = None  # (Route): HTTPRequest for the document that `account` reads
+    account: Callable | None = None  # (document): what the account may do, "" if it can't send
 
 
 UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
@@ -1623,21 +1629,14 @@ metrics = Metrics()
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
-TRACE_HEADERS = {
-    "x-request-id": re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}"),
-    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),  # W3C Trace Context
-}
-JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
-JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
-    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
-}  # fmt: skip
+# JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468).
+JIS_TABLES = {"(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)}}
 
 # Limits; a name or field over them is refused, and they are checked before the work.
 MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
 MAX_ADDRESSES = 2000  # of one field
-MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
 MAX_FILE_NAME = MAX_MEDIA_TYPE = 255  # characters
-MAX_ATTACHMENTS = MAX_FIELDS = MAX_PARAMETERS = 1000
+MAX_ATTACHMENTS = MAX_FIELDS = 1000
 MAX_HEADER = 102400  # octets of the header of a message or part
 MAX_PARTS, MAX_NESTING = 2000, 100
 
@@ -1647,16 +1646,13 @@ MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
     r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
 )
 PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
-# A name with commas or brackets without quotes, which people write, then one address.
-SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")  # a name, with commas or brackets or not, and one address
 ADDRESS_TOKEN = re.compile(
-    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r'(?s)(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
     r"|(?P<comment>\((?:[^()\\]|\\.|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\))*\))"  # in two others at most
-    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.+)",
-    re.DOTALL,
+    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.+)"
 )
 CFWS = ("blank", "comment")
-CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
 MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
 PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 DATE = re.compile(
@@ -1664,14 +1660,10 @@ DATE = re.compile(
     r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
 )
 RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
-FIELD_NAME = re.compile("[!-9;-~]{1,76}")  # RFC 5322 2.2
-X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
-# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
-CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")
+CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")  # of a link "cid:...", RFC 2392
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
 LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
@@ -1679,26 +1671,19 @@ RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
 PARAMETER_FIELDS = ("content-type", "content-disposition")
 MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
                   "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
-# Fields in which only comments may be encoded.
-STRUCTURED_FIELDS = re.compile(
+STRUCTURED_FIELDS = re.compile(  # in which only comments may be encoded
     r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
-    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
-    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+    r"|content-transfer-encoding|(?:dkim|domainkey)-signature|arc-.*|authentication-results|auto-submitted|list-(?!id$).*"
 )
-HIGH_OCTETS = bytes(range(128, 256))
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
-PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
 
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
-    """An HTTP request; its body is read after the checks of its head."""
-
     method: str
     path: str
     headers: dict  # by name in lower case
-    body: Any  # bytes or bytearray
+    body: Any  # bytes or bytearray; it is read after the checks of the head
     client: IPAddress | None  # None if no head was read
     peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
@@ -1718,28 +1703,20 @@ class Request:
 
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
-        fields = {"client": self.client and str(self.client), "login": self.login or None}
-        fields["reason"] = None if self.login else self.login_fault or None
-        fields["request_id"], fields["traceparent"] = self.trace_id("x-request-id"), self.trace_id("traceparent")
-        return fields
+        whose = {"client": self.client and str(self.client), "login": self.login or None}
+        ids = {"request_id": self.trace_id("x-request-id"), "traceparent": self.trace_id("traceparent")}
+        return {**whose, "reason": self.login_fault or None, **ids}
 
     def trace_id(self, header: str) -> str | None:
-        """Return the value of a header by which other programs know the request, None if it is absent or malformed."""
         value = self.headers.get(header)
-        return value if value and TRACE_HEADERS[header].fullmatch(value) else None
+        return value if value and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", value) else None
 
 
 class Mailbox(NamedTuple):
-    """A mailbox of RFC 5321 4.1.2, its domain in ASCII."""
-
     as_written: str
-    local: str
-    domain: str
+    domain: str  # in ASCII
     addr_spec: str  # local part, "@", domain
     key: tuple  # equal for equal mailboxes: domains compare without case (RFC 5321 2.4)
-
-
-NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
 
 
 @cache_short(4096, limit=MAX_PATH)
@@ -1748,46 +1725,34 @@ def parse_address(text: str) -> Mailbox | None:
     found = MAILBOX.fullmatch(text) if len(text) <= MAX_PATH else None
     if not found or not (text.isascii() or (text.isprintable() and len(text.encode()) <= MAX_PATH)):
         return None
-    local, domain = found.groups()
-    domain = domain if domain.isascii() else ascii_domain(domain)
-    mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    is_host = DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain))
+    local, domain = found[1], ascii_domain(found[2])
+    is_host: Any = DOMAIN.fullmatch(domain)
+    if domain[:1] == "[":  # an address literal, RFC 5321 4.1.3
+        with contextlib.suppress(ValueError):
+            is_v6 = domain[1:6].lower() == "ipv6:"
+            is_host = ipaddress.IPv6Address(domain[6:-1]) if is_v6 else ipaddress.IPv4Address(domain[1:-1])
+    mailbox = Mailbox(text, domain, f"{local}@{domain}", (local, domain.lower()))
     return mailbox if is_host and len(mailbox.addr_spec.encode()) <= MAX_PATH else None
-
-
-@cache_short(1024)
-def is_address_literal(text: str) -> bool:
-    """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
-    is_v6 = text[1:6].lower() == "ipv6:"
-    address = text[6:-1] if is_v6 else text[1:-1]
-    with contextlib.suppress(ValueError):  # ipaddress accepts any characters in a zone, CR and LF included
-        return "%" not in address and (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(address) is not None
-    return False
 
 
 def idna_hint(text: str) -> tuple:
     """Return a line that says why a text is no bare address, or ()."""
-    found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
-    if found:
-        hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
-        return (f"U+{ord(found[1]):04X} {hint}",)
-    with contextlib.suppress(ValueError):
-        meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
-        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
+    if found := re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text):
+        return (
+            f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",
+        )
+    with contextlib.suppress(ValueError, IndexError):
+        meant = parse_mailboxes(text[:1000])[0][1].as_written
+        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant}"?',)
     return ()
 
 
 def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
-    """Return a string; any Unicode characters are allowed."""
     if type(value) is not str:
         errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return ""
-    if value.isascii():
-        return value
-    try:
-        value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
-    except UnicodeEncodeError as error:
-        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
+    if not value.isascii() and (found := re.search("[\ud800-\udfff]", value)):
+        errors.append(f"{json_path}: has half a surrogate pair at character {found.start()}")
     return value
 
 
@@ -1812,15 +1777,11 @@ def parse_recipient_field(value: Any, json_path: str, errors: list, allow_group:
     except ValueError as error:
         reason = "" if value.strip() in str(error) else f" ({error})"
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
-    errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
+    errors.append("; ".join([text, *idna_hint(value)]))
     return ()
 
 
-parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
-
-
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
-    """Return the same of a list of such strings, or of one."""
     if type(value) is list and len(value) > MAX_ADDRESSES:
         errors.append(f"{json_path}: {len(value)} addresses exceed the limit of {MAX_ADDRESSES}")
         return ()
@@ -1830,13 +1791,10 @@ def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
 @cache_short(512)
 def parse_mailboxes(text: str) -> tuple:
     """Return ((display name, Mailbox), ...) of an address list (RFC 5322 3.4 and 4.4); ValueError if it is none.
-
-    Groups are dissolved, an empty one has no mailboxes. ";" separates as "," does, since many people write it.
-    email.utils.getaddresses() is not used: its strictness differs between versions of Python.
-    """
+    Groups are dissolved; ";" separates as "," does. email.utils.getaddresses() differs between versions of Python."""
     simple = SIMPLE_MAILBOX.fullmatch(text)
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
-        return ((simple[1].strip(), _parse_spec(simple[2])),)
+        return tuple(_mailbox([("atom", simple[1]), ("angle", f"<{simple[2]}>")]))
     found, tokens, in_group = [], [], False
     for match in ADDRESS_TOKEN.finditer(text):
         kind, token = match.lastgroup, match[0]
@@ -1859,29 +1817,24 @@ def parse_mailboxes(text: str) -> tuple:
 def _mailbox(tokens: list) -> list:
     """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
     comments = " ".join(token[1:-1].strip() for kind, token in tokens if kind == "comment")
-    words = [(kind, " " if kind == "comment" else token) for kind, token in tokens]
+    words = [" " if kind == "comment" else token for kind, token in tokens if kind != "angle"]
     kinds = [kind for kind, _ in tokens if kind not in CFWS]
     if "angle" not in kinds:
-        spec = "".join(word for _, word in words).strip()
-        return [(comments, _parse_spec(spec))] if spec else []
-    if kinds.index("angle") != len(kinds) - 1:
+        name, spec = comments, "".join(words).strip()
+    elif kinds.index("angle") < len(kinds) - 1:
         raise ValueError("text after an address")
-    angle = next(word for kind, word in words if kind == "angle")
-    name = "".join(unquote(word) for kind, word in words if kind != "angle").strip()
-    name = f"{name} ({comments})" if name and comments else name or comments
-    return [(name, _parse_spec(angle[1:-1]))]
+    else:
+        name, spec = "".join(map(unquote, words)).strip(), dict(tokens)["angle"][1:-1]
+        name = f"{name} ({comments})" if name and comments else name or comments
+    mailbox = parse_address(spec.strip())
+    if kinds and not mailbox:
+        raise ValueError(f'"{sanitize(spec, 80)}" is no address')
+    return [(name, mailbox)] if mailbox else []
 
 
 def unquote(word: str) -> str:
     """Return what a quoted string says (RFC 5322 3.2.4), any other word as it is."""
     return re.sub(r'\\(.)|"', r"\1", word) if word[:1] == '"' else word
-
-
-def _parse_spec(text: str) -> Mailbox:
-    mailbox = parse_address(text.strip())
-    if not mailbox:
-        raise ValueError(f'"{sanitize(text, 80)}" is no address')
-    return mailbox
 
 
 def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
@@ -1897,39 +1850,15 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
 @cache_short(64, limit=40)
 def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
-    try:
-        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "") if CHARSET_NAME.fullmatch(name) else ""
-    except (LookupError, ValueError):
-        return ""
+    with contextlib.suppress(LookupError, ValueError):
+        if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name):
+            return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+    return ""
 
 
 def codec_name(charset: str) -> str:
     """Return Python's name of a charset; Python does not know all of IANA's names."""
     return CODECS.get(charset.lower(), charset.lower())
-
-
-# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
-IANA_NAMES = {
-    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
-    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
-    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
-    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
-    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
-    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
-}  # fmt: skip
-IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
-IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
-IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
-CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-
-# IANA's name of a charset.
-parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
-parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
-parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
-parse_message_ids = list_of(
-    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
-    lambda texts: " ".join(" ".join(texts).split()),
-)
 
 
 def one_of_words(*words: str) -> Callable:
@@ -1947,15 +1876,42 @@ def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
     return None
 
 
+def normalize_key(key: str) -> str:
+    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
+    return key.lower().replace("-", "").replace("_", "")
+
+
+# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
+IANA_NAMES = {
+    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
+    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
+    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
+}  # fmt: skip
+IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
+IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
+IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
+CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
+
+NULL_SENDER = Mailbox("", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
+parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
+parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
+parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
+parse_texts = list_of(parse_header_text, list)
+parse_message_ids = list_of(
+    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
+    lambda texts: " ".join(" ".join(texts).split()),
+)
+parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
 # Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
-    "In-Reply-To": parse_message_ids,
-    "References": parse_message_ids,
+    **dict.fromkeys(("In-Reply-To", "References"), parse_message_ids),
     "Date": matching(
-        lambda text: DATE.fullmatch(text) and parsedate_to_datetime(text),
-        f'a date like "{formatdate(0)}"',
-        optional=True,
+        lambda day: DATE.fullmatch(day) and parsedate_to_datetime(day), f'a date like "{formatdate(0)}"', optional=True
     ),
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
     "Importance": one_of_words("high", "normal", "low"),  # RFC 4021 2.1.44
@@ -1966,30 +1922,6 @@ EXTRA_FIELDS = {
     **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
     **dict.fromkeys(("List-Subscribe", "List-Unsubscribe", "List-Unsubscribe-Post"), parse_ascii_text),  # RFC 8058
 }
-
-
-def normalize_key(key: str) -> str:
-    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
-    return key.lower().replace("-", "").replace("_", "")
-
-
-FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
-# What other programs call the keys, and keys that belong to another level.
-TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
-TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
-TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
-TOP_KEYS.update(sendat="send_at", dryrun="dry_run", trace="trace")
-TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
-KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
-TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
-ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
-ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
-
-
-def hint_of(table: dict, key: str, known: Any) -> str:
-    """Return what an unknown key may mean, by the table of keys of other programs and levels or by its spelling."""
-    meant = table.get(normalize_key(key))
-    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2005,28 +1937,54 @@ class Header:
     extra_fields: tuple = ()  # ((name, value), ...)
 
 
+FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
+OTHER_NAMES = {  # of the keys outside of header, in other programs
+    "body": "text textbody plain content message", "rcpt": "recipient recipients mailto rcptto", "html": "htmlbody",
+    "mail": "sender mailfrom", "attachments": "files attachment", "send_at": "sendat", "dry_run": "dryrun",
+    "ehlo": "", "helo": "", "recv": "", "raw": "", "async": "", "trace": "",
+}  # fmt: skip
+KEYS_BY_NAME = {name: key for key, names in OTHER_NAMES.items() for name in (key, *names.split())}
+HEADER_HINTS = {name: f"{key}, outside of header" for name, key in KEYS_BY_NAME.items()}
+SUBMISSION_HINTS = {
+    **{normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))},
+    **KEYS_BY_NAME, "contenttype": "html or attachments[].type", "mimetype": "attachments[].type",
+}  # fmt: skip
+ATTACHMENT_HINTS = {"data": '"content"', "contentid": '"cid"', "disposition": '"inline"',
+                    **dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')}  # fmt: skip
+
+
+def hint_of(hints: dict, key: str, known: Any) -> str:
+    """Return what an unknown key may mean, by a table of names that are keys elsewhere or by its spelling."""
+    meant = hints.get(normalize_key(key))
+    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
+
+
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
-    """Return a Header; its keys may be spelled in any way."""
-    own, any_name = key_table(Header), isinstance(value, OpenHeader)
+    own = key_table(Header)
     if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
+    errors += [f"{json_path}.{sanitize(key)}: duplicate key" for key in twice]
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
-        name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
-        if seen.setdefault(name, key) != key:
-            errors.append(f"{item_path}: means the same as {sanitize(seen[name])}, which is set already")
-        elif name in rows:
-            attribute, parse = rows[name]
+        normalized, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
+        if seen.setdefault(normalized, key) != key:
+            errors.append(f"{item_path}: means the same as {sanitize(seen[normalized])}, which is set already")
+        elif normalized in rows:
+            attribute, parse = rows[normalized]
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
+        elif name := field_name(key, isinstance(value, OpenHeader)):
+            found = EXTRA_FIELDS.get(name, parse_texts)(item, item_path, errors) if item is not None else []
+            extra += [(name, text) for text in (found if type(found) is list else [found]) if text]
+        elif RESERVED_FIELDS.fullmatch(normalized):
+            errors.append(f"{item_path}: Haineko makes this field itself")
         else:
-            extra += extra_field(key, item, item_path, errors, any_name)
-    size = sum(len(item) for _, item in extra)
-    if len(extra) > MAX_FIELDS or size > MAX_HEADER:
+            known = [*own, *map(str.lower, EXTRA_FIELDS)] if len(errors) < MAX_HINTS else []
+            errors.append(f"{item_path}: unknown key{hint_of(HEADER_HINTS, key, known)}")
+    if len(extra) > MAX_FIELDS or sum(len(text) for _, text in extra) > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
@@ -2035,25 +1993,13 @@ class OpenHeader(dict):
     """A header in which any field may be set that Haineko does not make itself."""
 
 
-def extra_field(key: str, value: Any, json_path: str, errors: list, any_name: bool = False) -> list:
-    """Return [(name, value), ...] of a key that is not one of Header's own."""
-    name = FIELD_BY_KEY.get(normalize_key(key))
-    if not name and X_FIELD.fullmatch(key):
-        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-    if not name and any_name and FIELD_NAME.fullmatch(key) and not RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        name = key
-    if not name:
-        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
-        is_reserved = RESERVED_FIELDS.fullmatch(normalize_key(key))
-        errors.append(f"{json_path}: {'Haineko makes this field itself' if is_reserved else fault}")
-    if not name or value is None:
-        return []
-    if name in EXTRA_FIELDS:
-        items = (EXTRA_FIELDS[name](value, json_path, errors),)
-    else:
-        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
-    return [(name, item) for item in items if item]
+def field_name(key: str, any_name: bool) -> str:
+    """Return the name of the field that a key means which is none of Header's own, "" if it means none."""
+    if re.fullmatch(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?", key):
+        return "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+    normalized = normalize_key(key)
+    is_open = any_name and re.fullmatch("[!-9;-~]{1,76}", key) and not RESERVED_FIELDS.fullmatch(normalized)
+    return FIELD_BY_KEY.get(normalized, key if is_open else "")
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
@@ -2069,9 +2015,8 @@ def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
 
 
 def parse_file_name(value: Any, json_path: str, errors: list) -> str:
-    """Return a file name without a path or invisible characters."""
     value = parse_unicode_text(value, json_path, errors).strip()
-    if CONTROL_OR_BIDI.search(value):
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", value):  # one can make fdp.exe look like exe.pdf
         errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
         errors.append(f'{json_path}: expected a name without a path, got "{sanitize(value, 80)}"')
@@ -2094,10 +2039,6 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
-parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Attachment:
     filename: str = config_field("", parse_file_name, "its name; absent: none")
@@ -2108,12 +2049,11 @@ class Attachment:
 
 
 def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
-    """Return Attachments, from a list of objects or from one."""
     if type(value) is list and len(value) > MAX_ATTACHMENTS:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS))
+    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_HINTS))
     attachments = list_of(parse)(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
@@ -2128,9 +2068,7 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
 
 
 class ParsedMessage(NamedTuple):
-    """A finished message with LF as line end."""
-
-    fields: list  # of (name in lower case, octets of the field)
+    fields: list  # of (name in lower case, octets of the field); lines end with LF
     body: bytes
 
 
@@ -2161,9 +2099,16 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
     found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
     parts: list = []
-    for part in mime_parts(octets, max_fields=MAX_FIELDS):
+    for part in mime_parts(octets):
         parts.append(part)
-        check_limits(part, len(parts))
+        for what, count, limit in (
+            ("parts", len(parts), MAX_PARTS),
+            ("levels of parts", part.depth, MAX_NESTING),
+            ("fields in a header", len(part.header), MAX_FIELDS),
+            ("octets of a header", part.body - part.start, MAX_HEADER),
+        ):
+            if count > limit:
+                raise ValueError(f"{count} {what} exceed the limit of {limit}")
     if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
         octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
@@ -2173,23 +2118,24 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
         line = sanitize(octets[end : end + 80].partition(b"\n")[0].decode("utf-8", "replace"))
         number = octets.count(b"\n", 0, end) + 1
         raise ValueError(f'line {number} is neither a header field nor the empty line behind them: "{line}"')
-    return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
+    return ParsedMessage([_clean_field(*item) for item in header], octets[body:].replace(b"\r", b"\n"))
 
 
-def _clean_field(item: tuple) -> tuple:
+def _clean_field(name: str, octets: bytes) -> tuple:
     """Return (name, octets) without blanks before the colon (RFC 5322 4.5) and in lines of at most 998 octets."""
-    name, octets = item
     label, _, value = octets.partition(b":")
-    shown = f"header {sanitize(label.decode().strip())}"
-    if b"\r" in octets or b"\0" in octets:
-        raise ValueError(f"{shown}: has a CR or NUL")
     octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
-    if LONG_LINE.search(octets):
-        raise ValueError(f"{shown}: has a line longer than 998 octets")
-    if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
-        text = octets.decode("latin-1")
-        if not re.sub(r"\([^()]*\)", "", text).isascii() and not is_utf8(octets):
-            raise ValueError(f"{shown}: has octets that are neither ASCII nor UTF-8")
+    fault = ""
+    if b"\r" in value or b"\0" in value:
+        fault = "has a CR or NUL"
+    elif LONG_LINE.search(octets):
+        fault = "has a line longer than 998 octets"
+    elif (
+        not is_utf8(octets) and STRUCTURED_FIELDS.fullmatch(name) and not re.sub(rb"\([^()]*\)", b"", octets).isascii()
+    ):
+        fault = "has octets that are neither ASCII nor UTF-8"
+    if fault:
+        raise ValueError(f"header {sanitize(label.decode().strip())}: {fault}")
     return name, octets
 
 
@@ -2204,100 +2150,61 @@ def is_utf8(octets: bytes) -> bool:
     return False
 
 
-@dataclass(eq=False)
 class MIMEPart:
     """A part of a message: its header, and where it stands. A multipart or message within is a part of its own."""
 
-    header: list  # of (name in lower case, octets of the field)
-    start: int
-    body: int
-    end: int
-    depth: int
-    is_leaf: bool = True
-
-    def value(self, name: str) -> str:
-        """Return the value of a field on one line, "" if there is none."""
-        octets = next((octets for key, octets in self.header if key == name), b"")
-        return " ".join(octets.partition(b":")[2].decode("ascii", "replace").split())
+    def __init__(self, octets: bytes, start: int, end: int, depth: int) -> None:
+        self.header, self.body = read_header(octets, start, end)
+        self.start, self.end, self.depth, self.is_leaf = start, end, depth, True
+        values = {name: unfold(field) for name, field in reversed(self.header) if name.startswith("content-t")}
+        self.content_type = values.get("content-type", "")
+        self.media_type = self.content_type.partition(";")[0].strip().lower() or "text/plain"
+        self.is_text = self.media_type.startswith("text/")
+        self.encoding = values.get("content-transfer-encoding", "").partition("(")[0].strip().lower()
 
     def parameter(self, name: str) -> str:
-        """Return a parameter of Content-Type."""
-        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
+        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.content_type, re.IGNORECASE)
         return unquote(found[1]) if found else ""
 
-    @property
-    def media_type(self) -> str:
-        return self.value("content-type").partition(";")[0].strip().lower()
 
-    @property
-    def is_text(self) -> bool:
-        return self.is_leaf and (self.media_type.startswith("text/") or not self.media_type)
-
-    @property
-    def encoding(self) -> str:
-        return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
-
-
-def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0, max_fields: int = sys.maxsize) -> Any:
-    """Yield the parts of a message (RFC 2046 5.1), each before those within it; a header ends after `max_fields`."""
-    end = len(octets) if end < 0 else end
-    header, body = read_header(octets, start, end, max_fields)
-    part, inner = MIMEPart(header, start, body, end, depth), []
+def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0) -> Any:
+    """Yield the parts of a message (RFC 2046 5.1), each before those within it. A multipart without parts is a leaf."""
+    part, inner = MIMEPart(octets, start, len(octets) if end < 0 else end, depth), []
     if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
-        inner = [(body, end)]
-    elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
-        inner = _split_multipart(octets, part, part.parameter("boundary").encode("ascii", "replace"))
+        inner = [(part.body, part.end)]
+    elif part.media_type.startswith("multipart/") and (boundary := part.parameter("boundary").encode()):
+        delimiter, start = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)"), 0
+        for found in delimiter.finditer(octets, part.body - 1, part.end):
+            end = found.start() - octets.endswith(b"\r", start, found.start())
+            inner += [(start, max(start, end))] if start else []
+            start = min(found.end() + 1, part.end)
+            if found[1]:
+                break
+        else:  # the last delimiter is missing
+            inner += [(start, part.end)] if start else []
     part.is_leaf = not inner
     yield part
     for start, end in inner:
-        yield from mime_parts(octets, start, end, depth + 1, max_fields)
+        yield from mime_parts(octets, start, end, depth + 1)
 
 
-def _split_multipart(octets: bytes, part: MIMEPart, boundary: bytes) -> list:
-    """Return [(start, end), ...] of the parts of a multipart; one without parts is a leaf."""
-    spans, start = [], 0
-    delimiter = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
-    for found in delimiter.finditer(octets, part.body - 1, part.end):
-        end = found.start() - octets.endswith(b"\r", start, found.start())
-        spans += [(start, max(start, end))] if start else []
-        start = min(found.end() + 1, part.end)
-        if found[1]:
-            return spans
-    return [*spans, (start, part.end)] if start else []
-
-
-def read_header(octets: bytes, start: int, end: int, max_fields: int = sys.maxsize) -> tuple:
+def read_header(octets: bytes, start: int, end: int) -> tuple:
     """Return ([(name in lower case, octets of the field), ...], start of the body)."""
     header, at = [], start
-    while len(header) <= max_fields and (found := RAW_FIELD.match(octets, at, end)):
+    while len(header) < MAX_FIELDS + 100 and (found := RAW_FIELD.match(octets, at, end)):  # 100: compose() adds some
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
     return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
 
 
-def check_limits(part: MIMEPart, number: int) -> None:
-    """Raise ValueError if the message exceeds a limit with this part."""
-    parameters = [octets.count(b";") for name, octets in part.header if name in PARAMETER_FIELDS]
-    for what, count, limit in (
-        ("parts", number, MAX_PARTS),
-        ("levels of parts", part.depth, MAX_NESTING),
-        ("fields in a header", len(part.header), MAX_FIELDS),
-        ("octets of a header", part.body - part.start, MAX_HEADER),
-        ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
-    ):
-        if count > limit:
-            raise ValueError(f"{count} {what} exceed the limit of {limit}")
-
-
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
-    dropped = b"" if keep_8bit else HIGH_OCTETS  # from delimiters, and from text between parts that nobody reads
+    dropped = b"" if keep_8bit else bytes(range(128, 256))  # of delimiters, and of text between parts that nobody reads
     out, at = [], 0
     for part in parts:
         header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
         blank_line = octets[part.start + sum(len(octets) for _, octets in part.header) : part.body]
-        between = octets[at : part.start].translate(None, dropped)
-        out += [between, *(octets for _, octets in header), blank_line, body]
+        out += [octets[at : part.start].translate(None, dropped), *(field for _, field in header), blank_line, body]
         at = part.end if part.is_leaf else part.body
     return b"".join([*out, octets[at:].translate(None, dropped)])
 
@@ -2323,8 +2230,8 @@ def base64_lines(octets: bytes) -> bytes:
     blocks: list = []
     for at in range(0, len(octets), 57 * 4096):  # 57 octets make a line
         coded = binascii.b2a_base64(octets[at : at + 57 * 4096], newline=False)
-        blocks.append(b"\r\n".join(BASE64_LINE.findall(coded)))
-    return b"\r\n".join([*blocks, b""])
+        blocks += [b"\r\n".join(re.findall(rb"(?s).{1,76}", coded)), b"\r\n"]  # (?s): without a look at each octet
+    return b"".join(blocks)
 
 
 def unfold(octets: bytes) -> str:
@@ -2333,24 +2240,14 @@ def unfold(octets: bytes) -> str:
 
 
 def header_recipients(header: list) -> list:
-    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
-    for addresses, and the reply names it as an invalid recipient."""
+    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself, to be refused."""
     found: list = []
-    for key, value in header:
-        if key in ("to", "cc", "bcc"):
-            text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
-            try:
-                found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
-            except ValueError:
-                found.append(text)
+    for text in [unfold(octets) for name, octets in header if name in ("to", "cc", "bcc")]:
+        try:
+            found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
+        except ValueError:
+            found.append(text)
     return found
-
-
-def loop_names(header: list) -> tuple:
-    """Return the names of the Hainekos that a finished message has passed."""
-    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in header if key == "x-haineko-loop"]
-    names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
-    return tuple(name for name in names if DOMAIN.fullmatch(name))
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2375,113 +2272,77 @@ class Submission:
 
 
 class SubmissionResult(NamedTuple):
-    """What a request's body holds: a Submission, or None and every error."""
-
-    submission: Submission | None
+    submission: Submission | None  # None if there are errors
     errors: list
     is_json: bool = True  # False: the one error is that of the JSON decoder
 
 
 def parse_submission(body: Any) -> SubmissionResult:
-    """Parse the body of a request."""
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
-        raw = parse_json(body)
+        document = parse_json(body)
     except ValueError as error:
-        return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
+        start = bytes(body[:500]).strip()
+        hint = "" if start else "; the body is empty"
+        if re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start.startswith(b"--") and b"form-data" in start):
+            hint = "; it looks like form data: send JSON"
+        return SubmissionResult(None, [sanitize(str(error)) + hint], is_json=False)
+    # Only keys and values have plain quotes in JSON.
+    charset = re.search(rb'(?i)"char[-_]?set"\s*:\s*"([^"\\]*)"', body) if b"\\u001" in body else None
     try:
-        if b"\\u001" in body and is_in_jis(raw):
-            decode_jis_strings(raw)
+        if charset and iana_charset(charset[1].decode("latin-1")) == "ISO-2022-JP":
+            decode_jis_strings(document)
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
-    return parse_document(raw)
+    return parse_document(document)
 
 
-def parse_document(raw: Any) -> SubmissionResult:
-    """Parse a submission that is decoded JSON."""
+def parse_document(document: Any) -> SubmissionResult:
     errors: list = []
-    submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
+    submission = from_dict(Submission, document, "", errors, functools.partial(hint_of, SUBMISSION_HINTS))
+    header, raw = submission.header, submission.raw
     if submission.html and not any(error.startswith("attachments") for error in errors):
-        check_content_ids(submission, errors)
-    if submission.rcpt is None or submission.header.bcc or submission.raw:
-        submission = add_header_recipients(submission, raw, errors)
+        links = content_id_links(submission.html)
+        cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
+        unknown = sorted(links - cids.keys())[:MAX_HINTS]
+        errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
+        errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+    if raw:
+        both = [key for key in ("header", "body", "html", "attachments") if document.get(key) is not None]
+        errors += [f"{key}: can't stand beside raw" for key in both]
+        passed = ",".join(unfold(octets) for name, octets in raw.fields if name == "x-haineko-loop").split(",")
+        submission.header = header = Header(
+            loop=tuple(name for name in map(str.strip, passed) if DOMAIN.fullmatch(name))
+        )
+    if submission.rcpt is None:
+        named = [mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written]
+        submission.rcpt = tuple(header_recipients(raw.fields) if raw else named)
+    submission.rcpt += tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
     return SubmissionResult(None if errors else submission, errors)
 
 
-SUBMISSION_KEYS = {normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))}
-SUBMISSION_KEYS.update(TOP_KEYS)
-
-
-def form_data_hint(start: bytes) -> str:
-    """Return what to say of a body that is empty or the data of an HTML form."""
-    if not start.strip():
-        return "; the body is empty"
-    is_form = re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start[:2] == b"--" and b"form-data" in start)
-    return "; it looks like form data: send JSON" if is_form else ""
-
-
-def check_content_ids(submission: Submission, errors: list) -> None:
-    """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
-    links = content_id_links(submission.html)
-    cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
-    unknown = sorted(links - cids.keys())[:MAX_HINTS]
-    errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
-    errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
-
-
 def content_id_links(html: str) -> set:
-    """Return the names in links "cid:..."."""
     return {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html)}
 
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    if not isinstance(work, (bytes, bytearray, Submission)):  # of a provider's client, perhaps one of many
-        return True
-    if not isinstance(work, Submission):
-        if len(work) <= 2048:
-            return False
+    if isinstance(work, (bytes, bytearray)):
         per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
-        return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
-    header, raw = work.header, work.raw
-    if raw:
-        per_octet = 0.01 if raw.body.isascii() else 0.3
-        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--") > 5000
-    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)  # microseconds, from above
+        return len(work) > 2048 and per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
+    if not isinstance(work, Submission):  # of a provider's client, perhaps one of many
+        return True
+    header, raw = work.header, work.raw or ParsedMessage([], b"")
+    cost = (0.01 if raw.body.isascii() else 0.3) * len(raw.body)  # microseconds, from above
+    cost += 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
+    cost += (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)
     cost += (0.1 if work.body else 0.5) * len(work.html)
     cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
-    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value in header.extra_fields))
-    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc) > 5000
-
-
-def provider_header_names(submission: Submission) -> tuple:
-    """Return the names of the fields that cloud relays take for commands."""
-    listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
-    return tuple(dict.fromkeys(name for name, _ in listed if PROVIDER_HEADER.fullmatch(name)))
-
-
-def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
-    """Add the recipients that only the header names, and the loop field of a finished message."""
-    header, rcpt = submission.header, submission.rcpt
-    if submission.raw:
-        both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
-        errors.extend(f"{key}: can't stand beside raw" for key in both)
-        header = Header(loop=loop_names(submission.raw.fields))
-        rcpt = tuple(header_recipients(submission.raw.fields)) if rcpt is None else rcpt
-    shown = header.to + header.cc if rcpt is None else ()
-    named = (mailbox.as_written for _, mailbox in shown + header.bcc if mailbox.as_written)
-    return replace(submission, header=header, rcpt=(*(rcpt or ()), *named))
-
-
-def is_in_jis(raw: Any) -> bool:
-    """Return whether a submission asks for ISO-2022-JP."""
-    header = raw.get("header") if isinstance(raw, dict) else None
-    items = header.items() if isinstance(header, dict) else ()
-    charset = next((value for key, value in items if normalize_key(key) == "charset"), None)
-    return type(charset) is str and iana_charset(charset) == "ISO-2022-JP"
+    cost += 0.6 * len(header.subject) + sum(5 + 0.6 * len(value) for _, value in header.extra_fields)
+    return cost + 15 * len(header.to + header.cc) > 5000
 
 
 def decode_jis_strings(table: Any, json_path: str = "") -> None:
@@ -2498,31 +2359,31 @@ def decode_jis_strings(table: Any, json_path: str = "") -> None:
 
 
 def jis_to_text(text: str) -> str:
-    """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
+    """Decode the ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
-    text = JIS_SEGMENT.sub(_decode_segment, text)
+
+    def decode(found: re.Match) -> str:
+        escape, segment = found.groups()
+        is_wide, table = escape[0] == "$", JIS_TABLES.get(escape, {})
+        return jis_bytes_to_text(segment.encode()) if is_wide else segment.translate(table)
+
+    text = re.sub(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)", decode, text)
     if re.search(r"\x1b[$(]", text):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
     return text
 
 
-def _decode_segment(found: re.Match) -> str:
-    escape, segment = found.groups()
-    return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
-
-
 def jis_bytes_to_text(octets: bytes) -> str:
     """Decode JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError if it is not that."""
-    shifted = bytearray()
-    for high, low in zip(octets[::2], octets[1::2]):
-        if not (0x21 <= high <= 0x7E and 0x21 <= low <= 0x7E):
-            raise ValueError("claims to be ISO-2022-JP and isn't")
-        lead = (high + 1) // 2 + (0x70 if high < 0x5F else 0xB0)
-        trail = low + (0x1F if low < 0x60 else 0x20) if high % 2 else low + 0x7E
-        shifted += bytes((lead, trail))
+    if not re.fullmatch(rb"[!-~]*", octets):
+        raise ValueError("claims to be ISO-2022-JP and isn't")
     if len(octets) % 2:
         raise ValueError("claims to be ISO-2022-JP and ends within a character")
+    shifted = bytearray()
+    for row, cell in zip(octets[::2], octets[1::2]):
+        lead, trail = divmod((row - 0x21) * 94 + cell - 0x21, 188)  # code page 932 has two rows for each lead octet
+        shifted += bytes((lead + (0x81 if lead < 31 else 0xC1), trail + (0x40 if trail < 63 else 0x41)))
     try:
         return shifted.decode("cp932")
     except UnicodeDecodeError:
@@ -2531,14 +2392,12 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses the submission, {recipient:
-#    Reply} for these recipients only, or None. check_login() sets request.login and rates are counted; otherwise checks
-#    have no side effects. CHECKS has them in the order in which faults are reported.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses the submission, or None.
+#    check_login() sets request.login and rates are counted; otherwise checks have no side effects.
 # ======================================================================================================================
 
 WRONG_LOGINS = Rate("10/60")
 SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
-POSTMARK_PATHS = ("/email", "/email/batch")
 MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
@@ -2550,13 +2409,13 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     credentials = credentials_of(request)
     name = settings.password.authenticate(credentials)
     login = settings.password.logins.get(name, request.rights)
-    request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
+    fault = login.fault(request.client, request.now)
     if name and not fault:
         request.login, request.rights = name, login
         if login.sandbox:  # all mail is discarded
             request.settings = replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
         return None
-    request.login_fault = request.login_fault or "no such name, password or key"
+    request.login_fault = f"{name}: {fault}" if fault else "no such name, password or key"
     source = int(request.client) >> (64 if request.client.version == 6 else 0)
     state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
     if state and state.wait:
@@ -2568,9 +2427,7 @@ def credentials_of(request: Request) -> str:
     """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
     token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
-    if not credentials and not request.path.startswith(
-        ("/v3/", "/emails")
-    ):  # those clients send header fields of mails
+    if not credentials and not request.path.startswith(("/v3/", "/emails")):  # there, it may be a mail's header field
         token = request.headers.get("x-postmark-server-token", "")
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
 
@@ -2595,17 +2452,17 @@ def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply 
 
 def is_postmark_test(request: Request) -> bool:
     """Return whether a request is to be checked only; it needs no login, but an address in relayhosts."""
-    test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
-    return test and request.path in POSTMARK_PATHS
+    is_test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
+    return is_test and request.path in ("/email", "/email/batch")
 
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
     if (settings.password.logins and not is_postmark_test(request)) or settings.relayhosts.open_relay:
         return None
-    if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = proxied_client_error(request, settings)
+    if request.client not in settings.relayhosts.relayhosts:
+        reason = f"{request.client} is not in relayhosts.relayhosts"
     return make_reply("client", reason) if reason else None
 
 
@@ -2619,64 +2476,41 @@ def proxied_client_error(request: Request, settings: Settings) -> str:
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
-def check_send_at(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if (submission.send_at or 0) <= request.now + MAX_SEND_AHEAD:
-        return None
-    return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
-
-
-def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
-    names = submission.header.loop
-    looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
-    return make_reply("loop") if looped else None
-
-
-def check_trace(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    """Require a login with the right to see SMTP dialogues, or a program on this machine."""
-    local = request.client in LOOPBACK and not request.forwarded
-    if not submission.trace or local or request.rights.trace:
-        return None
-    return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
-
-
-def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    name = submission.ehlo
-    if name is None or DOMAIN.fullmatch(name):
-        return None
-    literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_address_literal(name)
-    return None if literal else make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
-
-
-def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if not submission.mail:
-        missing = make_reply("mail-empty", "mail (the envelope sender) is required")
-        return missing if request.peer else None  # the command sendmail may send from <>
-    if parse_address(submission.mail):
-        return None
-    return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
+def check_envelope(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Refuse a submission that asks for what it may not, that went in a loop, or whose EHLO or MAIL is no command."""
+    names, ehlo, sender = submission.header.loop, submission.ehlo, submission.mail
+    if (submission.send_at or 0) > request.now + MAX_SEND_AHEAD:
+        return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
+    is_local = request.client in LOOPBACK and not request.forwarded
+    if submission.trace and not (is_local or request.rights.trace):
+        return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
+    if len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names):
+        return make_reply("loop")
+    if ehlo is not None and not DOMAIN.fullmatch(ehlo) and not (ehlo[:1] == "[" and parse_address(f"x@{ehlo}")):
+        return make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
+    if not sender and request.peer:  # the command sendmail, which has no peer, may send from <>
+        return make_reply("mail-empty", "mail (the envelope sender) is required")
+    if sender and not parse_address(sender):
+        return make_reply("mail-form", *idna_hint(sender) or ('expected a bare address like "user@example.org"',))
+    return None
 
 
 def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     """Require that the envelope sender and every author of the message are permitted to the login."""
-    fence = request.rights.senders
-    authors = () if fence is None else [parse_address(submission.mail), *message_authors(submission)]
-    for mailbox in authors:
-        if not permits(fence, mailbox):
-            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
-            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
-    return None
-
-
-def message_authors(submission: Submission) -> list:
-    """Return the Mailboxes in From and Sender, None for a field that can't be parsed."""
-    found = [mailbox for _, mailbox in submission.header.from_]
+    if request.rights.senders is None:
+        return None
+    authors = [parse_address(submission.mail), *(mailbox for _, mailbox in submission.header.from_)]
     for name, octets in submission.raw.fields if submission.raw else ():
         if name in ("from", "sender", "resent-from", "resent-sender"):
             try:
-                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
+                authors += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
             except ValueError:
-                found.append(None)
-    return found
+                authors.append(None)
+    for mailbox in authors:
+        if not permits(request.rights.senders, mailbox):
+            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
+            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
+    return None
 
 
 def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
@@ -2686,95 +2520,53 @@ def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
     return mailbox.addr_spec.lower() in fence or not fence.isdisjoint(lookup_keys(mailbox.domain.lower()))
 
 
-def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if not submission.rcpt or submission.rcpt == ("",):
-        return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
-    limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
-    if not limit or count <= limit:
-        return None
-    if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
-        count = len(unique_recipients(submission))
-    if count <= limit:
-        return None
-    return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
-
-
-def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
-    """Return {recipient as written: the Reply that refuses it}."""
-    refused = {}
-    for as_written, mailbox in unique_recipients(submission).items():
+def check_recipients(request: Request, submission: Submission, settings: Settings) -> tuple:
+    """Return ({recipient as written: the Reply that refuses it, or None}, Mailboxes of those not refused), each once;
+    raise Rejected if there are none or too many."""
+    given, limit, unique = submission.rcpt, settings.smtpd.max_rcpts_per_message, {}
+    if not given or given == ("",):
+        raise Rejected(make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc"))
+    if not limit or len(given) <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
+        for as_written in given:
+            mailbox = parse_address(as_written)
+            unique.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
+    count = len(unique) or len(given)
+    if 0 < limit < count:
+        raise Rejected(make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})"))
+    replies, accepted = {}, []
+    for as_written, mailbox in unique.values():
         reply = check_recipient(mailbox, settings, as_written)
         if not reply and not permits(request.rights.recipients, mailbox):
             reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
-        if reply:
-            refused[as_written] = reply
-    return refused
+        replies[as_written] = reply
+        accepted += [] if reply else [mailbox]
+    return replies, accepted
 
 
-def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    raw = submission.raw
-    if submission.body or submission.html or (raw and raw.fields):
-        return None
-    return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
+def check_message(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    raw, limit, size = submission.raw, settings.smtpd.max_message_size, request.message_size
+    if not (submission.body or submission.html or (raw and raw.fields)):
+        return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
+    if 0 < limit < size:
+        return make_reply("too-big", f"{size} octets exceed smtpd.max_message_size ({limit})")
+    if not submission.header.subject and not raw:
+        return make_reply("subject-empty", "header.subject is required")
+    return None
 
 
-def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    limit = settings.smtpd.max_message_size
-    if not limit or request.message_size <= limit:
-        return None
-    return make_reply("too-big", f"{request.message_size} octets exceed smtpd.max_message_size ({limit})")
+# The checks of each stage, in the order in which faults are reported.
+CHECKS = {
+    "head": (check_login, check_client, check_rate),  # before the body is read; there is no submission yet
+    "submission": (check_envelope, check_sender_fence),  # then check_recipients()
+    "message": (check_message, check_rate),  # if a recipient is left; a refused mail counts for nothing
+}
 
 
-def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    if submission.header.subject or submission.raw:
-        return None
-    return make_reply("subject-empty", "header.subject is required")
-
-
-# (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
-# or {recipient: Reply}, which refuses these recipients.
-CHECKS = (
-    ("head", check_login),  # before the body is read; there is no submission yet
-    ("head", check_client),
-    ("head", check_rate),
-    ("submission", check_send_at),
-    ("submission", check_trace),
-    ("submission", check_loop),
-    ("submission", check_ehlo),
-    ("submission", check_sender),
-    ("submission", check_sender_fence),
-    ("submission", check_recipient_count),
-    ("submission", check_recipients),
-    ("content", check_body),  # if a recipient is left
-    ("message", check_size),  # once the message is composed: request.message_size is known
-    ("message", check_subject),
-    ("message", check_rate),  # last: a mail that is refused counts for nothing
-)
-
-
-def checks_at(stage: str) -> tuple:
-    return tuple(check for name, check in CHECKS if name == stage)
-
-
-def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> dict:
-    """Return {recipient: Reply} of the refused recipients; raise Rejected if the whole submission is refused."""
-    refused: dict = {}
+def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> None:
+    """Raise Rejected by the first check that refuses the submission."""
     for check in checks:
-        result = check(request, submission, settings)
-        if isinstance(result, dict):
-            refused.update(result)
-        elif result:
-            raise Rejected(result)
-    return refused
-
-
-def unique_recipients(submission: Submission) -> dict:
-    """Return {recipient as written: its Mailbox, None if it is not an address}, in order, without duplicates."""
-    found: dict = {}
-    for as_written in submission.rcpt:
-        mailbox = parse_address(as_written)
-        found.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
-    return dict(found.values())
+        if reply := check(request, submission, settings):
+            raise Rejected(reply)
 
 
 def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
@@ -3791,17 +3583,10 @@ connector = Connector()
 # 11. HTTP client
 #     Takes a target and a request, gives the response, or raises Rejected if there is none. http.client speaks HTTP, in
 #     threads, since it blocks; deadlines, limits and the question whether a request may have been acted upon are ours.
-#     MTA-STS policies (RFC 8461) are fetched by it; otherwise it knows nothing of mail.
 # ======================================================================================================================
-
-CHUNK = 65536  # octets sent or read in one step
-MAX_RESPONSE_HEAD = 65536  # octets, interim responses and trailers included
-MAX_POLICY = 65536  # octets
 
 
 class HTTPTarget(NamedTuple):
-    """A web server and how to talk to it."""
-
     url: str  # base URL
     timeout: float  # seconds for a whole exchange, connecting included
     mailer: str | None = None  # for replies
@@ -3837,7 +3622,6 @@ class HTTPResponse(NamedTuple):
     body: bytes  # b"" if it did not arrive as a whole, or was too large
 
     def document(self) -> Any:
-        """Return the JSON value in the body, None if it is not JSON."""
         try:
             return parse_json(self.body)
         except ValueError:
@@ -3854,174 +3638,133 @@ class HTTPConnectionPool:
         self.idle: dict = {}
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
-        """Return the response. A kept connection that died before the request was sent is replaced once."""
-        connection = self._acquire(target)
-        try:
-            response = await asyncio.to_thread(connection.exchange, request)
-        except Rejected:
-            if connection.sent or not connection.expires:
-                raise
-            connection = KeepAliveConnection(target)
-            response = await asyncio.to_thread(connection.exchange, request)
-        self._release(connection)
-        return response
-
-    def _acquire(self, target: HTTPTarget) -> KeepAliveConnection:
-        """Return an idle connection that the server has not closed, or a new one."""
-        idle, now = self.idle.get(target, []), time.monotonic()
-        while idle:
-            connection = idle.pop()
-            if now < connection.expires and not is_readable(connection.sock):
-                return connection
-            connection.close()
-        return KeepAliveConnection(target)
-
-    def _release(self, connection: KeepAliveConnection) -> None:
-        """Keep the connection, or close it if it cannot be used again."""
-        idle = self.idle.setdefault(connection.target, [])
-        if connection.sock and len(idle) < self.MAX_IDLE:
+        idle = self.idle.get(target)
+        connection = idle.pop() if idle else KeepAliveConnection(target)
+        response = await connection.fetch(request)
+        idle = self.idle.setdefault(target, [])
+        if connection.sock and not connection.aborted and len(idle) < self.MAX_IDLE:
             connection.expires = time.monotonic() + self.IDLE
             idle.append(connection)
         else:
             connection.close()
+        return response
 
     def sweep(self, everything: bool = False) -> None:
         """Close the connections that have expired, or all."""
         now = time.monotonic()
         for target, idle in list(self.idle.items()):
-            for connection in [item for item in idle if everything or now >= item.expires]:
-                idle.remove(connection)
-                connection.close()
+            while idle and (everything or idle[0].expires <= now):
+                idle.pop(0).close()
             if not idle:
                 del self.idle[target]
+
+
+class FinalResponse(http.client.HTTPResponse):
+    def _read_status(self) -> tuple:
+        """Skip a few interim responses (RFC 9110 15.2); http.client knows 100 only, and any number of them."""
+        for _ in range(16):
+            found = super()._read_status()
+            if not 100 <= found[1] < 200:
+                return found
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException("more than 16 interim responses")
 
 
 class KeepAliveConnection(http.client.HTTPConnection):
     """Connection to a target. `sent`: a request was sent as a whole and may have been acted upon."""
 
+    response_class = FinalResponse
+
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
-        super().__init__(self.url.host, self.url.port)
-        self.target, self.sent = target, False
-        self.deadline, self.expires = time.monotonic() + target.timeout, 0.0  # when an idle connection is closed
+        super().__init__(self.url.host, self.url.port, target.timeout)
+        self.target, self.sent, self.aborted, self.transport = target, False, False, None
+        self.expires = 0.0  # when it is closed if it stays idle; not 0.0 if it was used before
 
-    def exchange(self, request: HTTPRequest) -> HTTPResponse:
-        """Return the response; Rejected if there is none. Blocks."""
-        self.deadline, self.sent, response = time.monotonic() + self.target.timeout, False, None
+    async def fetch(self, request: HTTPRequest) -> HTTPResponse:
+        """Return the response; Rejected if there is none by the target's timeout."""
+        watchdog = asyncio.get_running_loop().call_later(self.timeout, self.abort)
+        try:
+            return await asyncio.to_thread(self._exchange, request)
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        finally:
+            watchdog.cancel()
+
+    def _exchange(self, request: HTTPRequest) -> HTTPResponse:
+        if self.expires and self.sock and is_readable(self.sock):
+            self.close()
+        kept, self.sent = self.expires and self.sock, False
         if not self.sock:
             self.open()
+        self.transport = self.sock  # which http.client forgets before a response is read to its end
+        self.sock.settimeout(self.timeout)
+        host, path = self.url.host_header, self.url.path + request.path
+        log.dialogue(host, ">", f"{request.method} {path}, {len(request.body)} octets")
+        headers = {"Host": host, "User-Agent": f"Haineko/{__version__}", "Accept": "application/json, */*;q=0.5"}
+        headers.update({"Content-Type": request.type} if request.method == "POST" else {}, **dict(request.headers))
+        headers = {name: value.encode() for name, value in headers.items()}  # of a string, http.client makes Latin-1
         try:
-            self._send_request(request)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may have said why it hung up
+                self.request(request.method, path, request.body or None, headers)
+                self.sent = True
             response = self._read_response()
         except (OSError, http.client.HTTPException) as error:
+            self.close()
+            if kept and not self.sent and not self.aborted:
+                return self._exchange(request)  # once, by a new connection
+            error = socket.timeout("timed out") if self.aborted else error
             slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
             reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
             raise Rejected(reply) from None
-        finally:
-            if not (response and self.sent):
-                self.close()
-        log.dialogue(self.url.host_header, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
+        if self.aborted or not self.sent:
+            self.close()
+        log.dialogue(host, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
         return response
 
     def open(self) -> None:
-        """Connect, with TLS if the URL says so."""
-        target, site = self.target, self.url
+        target, site, deadline = self.target, self.url, time.monotonic() + self.timeout
         try:
-            self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
-            self.sock.settimeout(self.seconds_left())  # of the whole handshake
+            self.sock = connector.connect(target.address or site.host, site.port, deadline)
+            self.sock.settimeout(max(deadline - time.monotonic(), 0.001))  # of the whole handshake
             if site.tls:
-                context = client_context(target.tls_verify, target.ca_file, stat_key(target.ca_file))
-                self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
+                self.sock = wrap_tls(self.sock, site.host, target)
             elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
                 self.close()
                 raise Rejected(make_reply("clear-auth", **target.endpoint))
+            if self.aborted:
+                raise socket.timeout("timed out")
         except OSError as error:
             slug = "web-tls" if self.sock and site.tls else "web-connect"
             self.close()
             raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
 
-    def seconds_left(self) -> float:
-        """Return the time until the deadline; socket.timeout if it has passed, however fast the peer still sends."""
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise socket.timeout("timed out")
-        return seconds
-
-    def _send_request(self, request: HTTPRequest) -> None:
-        path = self.url.path + request.path
-        log.dialogue(self.url.host_header, ">", f"{request.method} {path}, {len(request.body)} octets")
-        self.putrequest(request.method, path, skip_host=True, skip_accept_encoding=True)
-        headers = {"Host": self.url.host_header, "User-Agent": f"Haineko/{__version__}"}
-        headers.update({"Accept": "application/json, */*;q=0.5", **dict(request.headers)})
-        if request.method == "POST":
-            headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
-        for name, value in headers.items():
-            self.putheader(name, value.encode())  # of a string, http.client would make Latin-1
-        try:
-            self.endheaders(request.body or None)
-            self.sent = True
-        except (BrokenPipeError, ConnectionResetError):  # the server may have said why it hung up
-            pass
-
-    def send(self, octets: bytes) -> None:
-        """Send data; http.client calls this."""
-        for start in range(0, len(octets), CHUNK):
-            self.sock.settimeout(self.seconds_left())
-            self.sock.sendall(octets[start : start + CHUNK])
+    def abort(self) -> None:
+        """Have a thread that is in _exchange() fail: the deadline has passed, however fast the peer still sends."""
+        self.aborted = True
+        with contextlib.suppress(OSError, TypeError):  # closed, or not open yet
+            socket.socket.shutdown(self.transport, socket.SHUT_RDWR)
 
     def _read_response(self) -> HTTPResponse:
-        response, body, whole = self.getresponse(), b"", False
-        try:
-            while chunk := response.read(CHUNK):
-                body += chunk
-            whole = not response.length and len(body) <= self.target.max_response
-        except (OSError, http.client.HTTPException):  # the status has come, and may be all that is needed
-            pass
+        body, whole = b"", False
+        with contextlib.closing(self.getresponse()) as response:
+            if self.aborted:  # http.client takes the end of a connection for the end of the header
+                raise socket.timeout("timed out")
+            with contextlib.suppress(OSError, http.client.HTTPException):  # the status may be all that is needed
+                while len(body) <= self.target.max_response and not self.aborted and (chunk := response.read(65536)):
+                    body += chunk
+                whole = not (response.length or self.aborted) and len(body) <= self.target.max_response
         if not whole:
-            response.close()
             self.close()
         reason = sanitize(response.reason, 100)
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
 
-    def response_class(self, sock: Any, *args: Any, **options: Any) -> LimitedResponse:
-        """Make the object that reads the response; http.client calls this."""
-        response = LimitedResponse(sock, *args, **options)
-        response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
-        return response
 
-
-class LimitedResponse(http.client.HTTPResponse):
-    def _read_status(self) -> tuple:
-        """Skip interim responses (RFC 9110 15.2), of which http.client knows 100 only."""
-        found = super()._read_status()
-        while 100 <= found[1] < 200:
-            http.client.parse_headers(self.fp)
-            found = super()._read_status()
-        return found
-
-
-class LimitedReader(io.RawIOBase):
-    """Reads by the connection's deadline, and no more octets than a response may have: interim responses, trailers and
-    a body that never end are cut off."""
-
-    def __init__(self, connection: KeepAliveConnection, raw: Any) -> None:
-        self.connection, self.raw, self.sock = connection, raw, connection.sock
-        self.limit = connection.target.max_response + MAX_RESPONSE_HEAD
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self.sock.settimeout(self.connection.seconds_left())
-        count = self.raw.readinto(buffer)
-        self.limit -= count
-        if self.limit < 0:
-            raise http.client.HTTPException(f"more than {self.connection.target.max_response} octets")
-        return count
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
+def wrap_tls(sock: socket.socket, host: str, options: Any) -> ssl.SSLSocket:
+    """Return the socket after a TLS handshake; `options`, a Route or an HTTPTarget, say what is verified."""
+    context = client_context(options.tls_verify, options.ca_file, stat_key(options.ca_file))
+    return context.wrap_socket(sock, server_hostname=host)
 
 
 def is_readable(sock: Any) -> bool:
@@ -4032,19 +3775,15 @@ def is_readable(sock: Any) -> bool:
 
 
 def json_object(response: HTTPResponse) -> dict:
-    """Return the JSON object in a response; {} if it has none."""
     document = response.document()
     return document if isinstance(document, dict) else {}
 
 
 def status_text(response: HTTPResponse) -> str:
-    """Return the response's status line for people."""
     return f"HTTP {response.status} {response.reason}".strip()
 
 
-class MTASTSPolicy(NamedTuple):
-    """MTA-STS: the hosts that a domain's mail may be delivered to (RFC 8461 3.2)."""
-
+class MTASTSPolicy(NamedTuple):  # RFC 8461 3.2
     mode: str  # enforce, testing or none
     hosts: tuple  # names; "*." stands for one label
     max_age: int  # seconds
@@ -4059,9 +3798,9 @@ class MTASTSCache:
     FETCH_TIMEOUT = 10.0  # seconds
     NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
-    def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port, self.calls = resolver, port, {}
-        self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
+    def __init__(self, resolver: Resolver, http: Any, port: int = 443, clock: Callable = time.monotonic) -> None:
+        self.resolver, self.http, self.port, self.calls = resolver, http, port, {}
+        self.cache = TTLCache(8192, clock)  # domain: (id, MTASTSPolicy); (domain, id): it could not be fetched
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could cause that."""
@@ -4072,29 +3811,24 @@ class MTASTSCache:
         policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
         if not domain.startswith("["):
             policy_id = mta_sts_id((await self.resolver.lookup(f"_mta-sts.{domain}", TXT, deadline)).values)
-        if policy_id in ("", cached_id) or self.failed.get((domain, policy_id)):
+        if policy_id in ("", cached_id) or self.cache.get((domain, policy_id)):
             return cached
+        host = f"mta-sts.{domain}"
         try:
-            policy = await self._fetch(f"mta-sts.{domain}", route, deadline)
+            address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
+            url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
+            target = HTTPTarget(url, seconds, "MX", ca_file=route.ca_file, address=address, max_response=65536)
+            response = await self.http.request(target, HTTPRequest("GET", "/.well-known/mta-sts.txt"))
+            if response.status != 200:  # redirections are not followed (RFC 8461 3.3)
+                raise ValueError(f"HTTP status {response.status}")
+            policy = parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
         except (OSError, ValueError, Rejected) as error:
             why = ": ".join(error.reply.message) if isinstance(error, Rejected) else str(error)
             log.lines(f"cannot fetch the MTA-STS policy of {domain}: {sanitize(why)}", level="warning")
-            self.failed.put((domain, policy_id), True, self.NEGATIVE_TTL)
+            self.cache.put((domain, policy_id), True, self.NEGATIVE_TTL)
             return cached
         self.cache.put(domain, (policy_id, policy), policy.max_age)
         return policy
-
-    async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
-        """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
-        address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
-        url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
-        target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
-        request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
-        with contextlib.closing(KeepAliveConnection(target)) as connection:
-            response = await asyncio.to_thread(connection.exchange, request)
-        if response.status != 200:
-            raise ValueError(f"HTTP status {response.status}")
-        return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
 
 
 def mta_sts_id(texts: tuple) -> str:
@@ -4110,10 +3844,9 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
     values = dict(reversed(pairs))  # of a repeated key, the first counts
     hosts = tuple(value.lower().rstrip(".") for key, value in pairs if key == "mx")
     mode, age = values.get("mode", ""), values.get("max_age", "")
-    if values.get("version") != "STSv1" or mode not in ("enforce", "testing", "none") or (mode != "none" and not hosts):
+    valid = values.get("version") == "STSv1" and (mode == "none" or (mode in ("enforce", "testing") and hosts))
+    if not (valid and re.fullmatch(r"[0-9]{1,10}", age)):
         raise ValueError("not an MTA-STS policy")
-    if not re.fullmatch(r"[0-9]{1,10}", age):
-        raise ValueError("max_age is not a number")
     return MTASTSPolicy(mode, hosts, min(int(age), 31557600))
 
 
@@ -4138,26 +3871,22 @@ async def sign_transaction(transaction: Transaction) -> Transaction:
 
 
 def signed_message(transaction: Transaction, now: int) -> Message:
+    """Return the message signed for the domain of From or the nearest one above it, unless that has signed already."""
     octets, message = transaction.octets(), transaction.message
-    key = signing_key(parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields, transaction.dkim)
-    if not key:
+    header = parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields
+    try:
+        authors = parse_mailboxes(next((unfold(value) for name, value in header if name == "from"), ""))
+    except ValueError:
+        return message
+    key = find_dkim_key(authors[0][1].domain, transaction.dkim) if authors else None
+    signatures = [parse_tags(unfold(value)) for name, value in header if name == "dkim-signature"]
+    if not key or key.domain in [tags.get("d", "").lower() for tags in signatures]:
         return message
     if message.needs_8bitmime:  # it would be converted after the signature for a server without 8BITMIME
         octets = downgrade_8bit(octets)
         message = Message((octets,), not octets.isascii(), not octets.partition(b"\r\n\r\n")[0].isascii())
     first, *others = message.parts
     return message._replace(parts=(dkim_signature(octets, key, now) + first, *others))
-
-
-def signing_key(header: list, keys: dict) -> DkimKey | None:
-    """Return the key for the domain of From or a parent of it; None if there is none or that domain has signed."""
-    try:
-        author = parse_mailboxes(next((unfold(octets) for name, octets in header if name == "from"), ""))
-    except ValueError:
-        return None
-    key = find_dkim_key(author[0][1].domain, keys) if author else None
-    signatures = [parse_tags(unfold(octets)) for name, octets in header if name == "dkim-signature"]
-    return None if key and key.domain in [tags.get("d", "").lower() for tags in signatures] else key
 
 
 def find_dkim_key(domain: str, keys: dict) -> DkimKey | None:
@@ -4225,7 +3954,6 @@ def sign_jwt(claims: dict, key: PrivateKey) -> str:
 # ======================================================================================================================
 # 13. OAuth2
 #     Takes a route, gives it with an access token as password, or raises Rejected with the provider's words (RFC 6749).
-#     Each process keeps tokens until shortly before they end.
 # ======================================================================================================================
 
 ASSUMED_LIFETIME = 600  # seconds, if the provider names none
@@ -4233,11 +3961,9 @@ RENEW_BEFORE = 600  # seconds before the end
 
 
 class AccessToken(NamedTuple):
-    """Access token; the times are monotonic."""
-
     text: str
     scope: str
-    renew_at: float
+    renew_at: float  # monotonic
     expires: float
 
 
@@ -4246,8 +3972,8 @@ class TokenCache:
 
     DROP_INTERVAL = 60  # seconds between tokens that a server refuses
 
-    def __init__(self, clock: Callable = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(self, http: HTTPConnectionPool, clock: Callable = time.monotonic) -> None:
+        self.http, self.clock = http, clock
         self.calls: dict = {}  # fetches under way
         self.tokens: dict = {}  # (OAuth2, username): AccessToken
         self.refresh_tokens: dict = {}  # the same: what the provider gave in place of refresh_token
@@ -4274,23 +4000,34 @@ class TokenCache:
             raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
 
     async def _fetch(self, key: tuple, route: Route) -> AccessToken:
+        """Return a new token; ValueError tells why there is none."""
+        (oauth2, username), now = key, self.clock()
         try:
-            token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
+            old = self.refresh_tokens.get(key)
+            old = old or await asyncio.to_thread(read_secret, oauth2.refresh_token, oauth2.base)
+            if oauth2.access_token:
+                document = {"access_token": await asyncio.to_thread(read_secret, oauth2.access_token, oauth2.base)}
+            else:
+                form = await asyncio.to_thread(token_form, oauth2, username, old, int(time.time()))
+                document = await request_token(route, form, self.http)
+            token = read_token(document, oauth2.scope, now)
         except ValueError:
             self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
             metrics.add("haineko_token_errors_total")
             raise
-        if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
-            self.refresh_tokens[key] = new
-            text = f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}"
-            log.lines(text, level="warning")
+        new = document.get("refresh_token")
+        if isinstance(new, str) and new not in ("", old):
+            if fault := await asyncio.to_thread(save_refresh_token, oauth2, new):
+                self.refresh_tokens[key] = new
+                text = f"warning: the provider replaced the refresh token of {log_value(username)}: {fault}"
+                log.lines(text, level="warning")
         self.tokens[key] = token
         return token
 
-    def drop(self, route: Route, text: str) -> bool:
-        """Forget a token that a server refused; return whether to try another one."""
+    def drop(self, route: Route) -> bool:
+        """Forget the route's token, which a server refused; return whether to try another one."""
         key = route.oauth2, route.credentials[0]
-        if key in self.tokens and self.tokens[key].text == text:  # or another one was fetched meanwhile
+        if key in self.tokens and self.tokens[key].text == route.credentials[1]:  # or another one was fetched meanwhile
             if self.dropped.get(key):
                 return False
             self.dropped.put(key, True, self.DROP_INTERVAL)
@@ -4298,33 +4035,24 @@ class TokenCache:
         return True
 
 
-def fetch_token(route: Route, refresh_token: str | None, clock: Callable) -> tuple:
-    """Return (AccessToken, the refresh token that replaces ours or ""); ValueError tells why there is none. Blocks."""
-    oauth2, now, new = route.oauth2, clock(), ""
-    if oauth2.access_token:
-        document = {"access_token": read_secret(oauth2.access_token, oauth2.base)}
-    else:
-        refresh_token = refresh_token or read_secret(oauth2.refresh_token, oauth2.base)
-        document = request_token(route, token_form(oauth2, route.credentials[0], refresh_token, int(time.time())))
-        new = document.get("refresh_token")
+def read_token(document: dict, scope: str, now: float) -> AccessToken:
+    """Return the token in a provider's document, which need not name the scope; ValueError if it can't be used."""
     text, seconds = document["access_token"], document.get("expires_in")
     if not (isinstance(text, str) and re.fullmatch("[!-~]+", text)):  # or it would break the line that it is sent in
         raise ValueError("the access token is not one word of ASCII")
     found = re.match("[0-9]{1,9}", str(ASSUMED_LIFETIME if seconds is None else seconds))
     lifetime = min(int(found[0]), 86400) if found else 0
-    scope = sanitize(str(document.get("scope") or oauth2.scope))
-    token = AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
-    return token, new if isinstance(new, str) and new != refresh_token else ""
+    scope = sanitize(str(document.get("scope") or scope))
+    return AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
 
 
-def request_token(route: Route, form: dict) -> dict:
+async def request_token(route: Route, form: dict, http: HTTPConnectionPool) -> dict:
     """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
     url, path = WEBHOOK_URL.fullmatch(route.oauth2.token_url).group("base", "path")
     target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
     body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
     try:
-        with contextlib.closing(KeepAliveConnection(target)) as connection:
-            response = connection.exchange(HTTPRequest("POST", path or "/", body, type=kind))
+        response = await http.request(target, HTTPRequest("POST", path or "/", body, type=kind))
     except Rejected as refused:
         raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
     document = json_object(response)
@@ -4355,12 +4083,11 @@ def save_refresh_token(oauth2: OAuth2, text: str) -> str:
         return "put the new one into the settings, ours may end"
     path = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"]))
     try:
-        handle, aside = tempfile.mkstemp(dir=os.path.dirname(path))
-        with open(handle, "w", encoding="utf-8", errors="replace") as stream:
-            stream.write(text + "\n")
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as stream:
+            stream.write(text.encode("utf-8", "replace") + b"\n")
             stream.flush()
-            os.fsync(handle)
-        os.replace(aside, path)
+            os.fsync(stream.fileno())
+        os.replace(stream.name, path)
     except OSError as error:
         return f"{path} can't be written ({error.strerror}), so the new one is lost when this process ends"
     return ""
@@ -4381,12 +4108,13 @@ MAX_LINES = 128  # of a reply
 SEND_BLOCK = 262144  # octets of a message sent in one step
 PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
 SMTPS = 465  # RFC 8314: TLS from the first byte
+PASSWORD_MECHANISMS = ("CRAM-MD5", "PLAIN", "LOGIN")  # of AUTH (RFC 4954), the strongest first
+TOKEN_MECHANISMS = ("XOAUTH2", "OAUTHBEARER")
+CLIENT_FIRST = ("PLAIN", *TOKEN_MECHANISMS)  # these have an initial response; with one to LOGIN, some servers fail
 THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
 
 
-class SMTPReply(NamedTuple):
-    """One reply of a server, RFC 5321 4.2."""
-
+class SMTPReply(NamedTuple):  # RFC 5321 4.2
     code: str
     dsn: str | None
     lines: tuple
@@ -4414,12 +4142,8 @@ def parse_reply(octets: bytes) -> tuple:
             raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
         lines.append(sanitize((found[3] or b"").decode("utf-8", "replace"), MAX_TEXT))
         code, start, more = found[1], end + 1, found[2] == b"-"
-    return smtp_reply(found[1].decode(), tuple(lines)), octets[start:]
-
-
-def smtp_reply(code: str, lines: tuple) -> SMTPReply:
-    found = DSN.match(lines[0])
-    return SMTPReply(code, found[1] if found else None, lines)
+    dsn = DSN.match(lines[0])
+    return SMTPReply(code.decode(), dsn and dsn[1], tuple(lines)), octets[start:]
 
 
 class Session(smtplib.SMTP):
@@ -4427,17 +4151,14 @@ class Session(smtplib.SMTP):
 
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
-        self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
-        self.release_place = lambda: None  # its place among the route's `sessions`
+        self.on_close = contextlib.ExitStack()  # gives back what it has, such as a place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
-        self.recv_buffer = b""  # received but not asked for yet
-        self.maybe_complete = False  # recv_buffer may hold a complete reply
+        self.recv_buffer, self.maybe_complete = b"", False  # received but not asked for yet; whether it may be a reply
+        self.last_reply: Any = None  # SMTPReply to a command of smtplib's
         self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
-
-    # -- opening
 
     def open(self) -> None:
         """Get ready for transactions, or raise Rejected with the server's reply. Blocks."""
@@ -4454,63 +4175,62 @@ class Session(smtplib.SMTP):
         self.alive = not self.recv_buffer
 
     def steps(self) -> tuple:
-        """Return the steps of open(), in order."""
         return self._greet, self._hello, self._starttls, self._log_in
 
     def _greet(self) -> None:
-        self._expect("CONN", self.connect(self.route.address or self.route.host, self.route.port))
+        route, deadline = self.route, time.monotonic() + self.timeout
+        self.sock = connector.connect(route.address or route.host, route.port, deadline)
+        self.sock.settimeout(self.timeout)  # of the whole handshake, if there is one
+        self.sock = wrap_tls(self.sock, route.host, route) if route.port == SMTPS else self.sock
+        self.getreply()
+        self._expect_success()
         self.local_hostname = ehlo_name(self.local_hostname, self.sock.getsockname()[0])
 
     def _hello(self) -> None:
         self.step = "EHLO"
-        code, text = self.ehlo()
-        if 500 <= code <= 599:  # RFC 5321 3.2: an old server
-            code, text = self.helo()
-        self._expect("EHLO", (code, text))
+        if 500 <= self.ehlo()[0] <= 599:  # RFC 5321 3.2: an old server
+            self.helo()
+        self._expect_success()
 
     def _starttls(self) -> None:
-        route, self.step = self.route, "STARTTLS"
-        wanted = route.starttls or (route.tls_if_offered and self.has_extn("starttls"))
-        if not wanted or route.port == SMTPS:
+        route, self.step, offered = self.route, "STARTTLS", self.has_extn("starttls")
+        if route.port == SMTPS or not (route.starttls or (route.tls_if_offered and offered)):
             return
-        if not self.has_extn("starttls"):
+        if not offered:
             raise Rejected(make_reply("no-starttls", **route.endpoint))
-        self._expect("STARTTLS", self.docmd("STARTTLS"))
+        self.docmd("STARTTLS")
+        self._expect_success()
         if self.recv_buffer:  # injected in clear text, to be taken for a reply under TLS
             raise ProtocolError("data behind the reply to STARTTLS")
         self.sock.settimeout(self.timeout)  # of the whole handshake
-        self.sock = self._wrap(self.sock)
+        self.sock = wrap_tls(self.sock, route.host, route)
         self.ehlo_resp, self.esmtp_features, self.does_esmtp = None, {}, False  # RFC 3207 4.2
         self._hello()
-
-    def _wrap(self, sock: socket.socket) -> ssl.SSLSocket:
-        route = self.route
-        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file))
-        return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
         """Use the strongest mechanism offered, once; the next one only if this one is not available after all."""
         if not self.route.auth:
             return
-        self.step, result = "AUTH", None
+        self.step = "AUTH"
         if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
-        offered = self.esmtp_features.get("auth", "").upper().split()
-        known = [name for name, row in AUTH_MECHANISMS.items() if row.by_token == bool(self.route.oauth2)]
-        for mechanism in [name for name in known if name in offered]:
-            result = self._authenticate(mechanism)
-            if result[0] not in (504, 534):  # RFC 4954 4: unknown mechanism, too weak
-                break
-        if not result:
+        known = TOKEN_MECHANISMS if self.route.oauth2 else PASSWORD_MECHANISMS
+        offered = [name for name in known if name in self.esmtp_features.get("auth", "").upper().split()]
+        if not offered:
             raise Rejected(make_reply("no-auth", f"{', '.join(known)} are known", **self.route.endpoint))
-        self._expect("AUTH", result)
+        for mechanism in offered:
+            self._authenticate(mechanism)
+            if self.last_reply.code not in ("504", "534"):  # RFC 4954 4: unknown mechanism, too weak
+                break
+        self._expect_success()
 
-    def _authenticate(self, mechanism: str) -> tuple:
-        """Return (code, text) of the server's verdict on our credentials."""
-        row, line, details = AUTH_MECHANISMS[mechanism], f"AUTH {mechanism}".encode(), b""
-        initial = b" " + base64.b64encode(row.respond(self.route, b"", 0)) if row.has_initial else b""
+    def _authenticate(self, mechanism: str) -> None:
+        """Send our credentials; `last_reply` is the server's verdict, with what it told in its challenges."""
+        route, line, details, initial = self.route, f"AUTH {mechanism}".encode(), b"", b""
+        if mechanism in CLIENT_FIRST:
+            initial = b" " + base64.b64encode(auth_response(mechanism, route))
         inline = bool(initial) and len(line + initial) <= MAX_COMMAND
-        self.masked = f"AUTH {mechanism} ******** as {self.route.credentials[0]}"
+        self.masked = f"AUTH {mechanism} ******** as {route.credentials[0]}"
         try:
             self.send(line + initial * inline + b"\r\n")
             self.masked = "********"
@@ -4518,22 +4238,22 @@ class Session(smtplib.SMTP):
             for turn in range(inline, MAX_CHALLENGES):
                 if code != 334:
                     break
-                if row.by_token and turn:
+                if route.oauth2 and turn:
                     details += b"\n" + decode_challenge(text)
-                self.send(base64.b64encode(row.respond(self.route, text, turn)) + b"\r\n")
+                self.send(base64.b64encode(auth_response(mechanism, route, text, turn)) + b"\r\n")
                 code, text = self.getreply()
         finally:
             self.masked = ""
-        return code, text + sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n").encode()
+        more = self._mask(sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n")).split("\n")[1:]
+        self.last_reply = self.last_reply._replace(lines=(*self.last_reply.lines, *more))
 
-    def _expect(self, step: str, result: tuple) -> None:
-        """Raise Rejected with the server's own words unless the code is 2xx."""
-        self.step, (code, text) = step, result
-        if not 200 <= code <= 299:
-            lines = tuple(text.decode().split("\n"))
-            if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {lines[0]}")
-            raise Rejected(self._to_reply(step, smtp_reply(str(code), lines)))
+    def _expect_success(self) -> None:
+        """Raise Rejected with the server's own words unless the code of the last reply is 2xx."""
+        reply = self.last_reply
+        if reply.code[0] == "3":
+            raise ProtocolError(f"unexpected: {reply.code} {reply.lines[0]}")
+        if reply.code[0] != "2":
+            raise Rejected(self._to_reply(self.step, reply))
 
     # -- transaction
 
@@ -4557,8 +4277,7 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
         self.needs_rset = not (result and result.code[0] == "2")
-        if self.recv_buffer:  # more than was asked for
-            self.alive = False
+        self.alive = self.alive and not self.recv_buffer  # or there is more than was asked for
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
         found = found if self.in_data else [reply._replace(before_text=True) for reply in found]
@@ -4572,19 +4291,18 @@ class Session(smtplib.SMTP):
 
     async def _transact_in_ascii(self, transaction: Transaction) -> list:
         """Transact without SMTPUTF8; addresses and header fields that need it are refused (RFC 6531 3.2)."""
-        endpoint, message = self.route.endpoint, transaction.message
+        endpoint, message, recipients = self.route.endpoint, transaction.message, transaction.recipients
         if not transaction.sender.isascii():
-            return [make_reply("mail-ascii", **endpoint)] * len(transaction.recipients)
+            return [make_reply("mail-ascii", **endpoint)] * len(recipients)
         if message.needs_smtputf8:
             octets = await asyncio.to_thread(downgrade_8bit, transaction.octets(), self.has_extn("8bitmime"))
             message = Message((octets,), needs_8bitmime=not octets.isascii())
-            names = non_ascii_fields(octets)
-            if names:  # which have no form in ASCII, such as an address
-                return [make_reply("header-ascii", f"in {', '.join(names)}", **endpoint)] * len(transaction.recipients)
-        ascii_only = tuple(to for to in transaction.recipients if to.isascii())
+            if names := non_ascii_fields(octets):  # which have no form in ASCII, such as an address
+                return [make_reply("header-ascii", f"in {', '.join(names)}", **endpoint)] * len(recipients)
+        ascii_only = tuple(to for to in recipients if to.isascii())
         found = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
         replies = dict(zip(ascii_only, found))
-        return [replies.get(to) or make_reply("rcpt-ascii", **endpoint) for to in transaction.recipients]
+        return [replies.get(to) or make_reply("rcpt-ascii", **endpoint) for to in recipients]
 
     async def _send_envelope(self, script: list, replies: list) -> None:
         """Send the script and append each reply to `replies`, until it is over or going on makes no sense."""
@@ -4646,12 +4364,6 @@ class Session(smtplib.SMTP):
             self._feed(await self.stream.recv(4096, deadline))
         return reply
 
-    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        """Connect; smtplib calls this."""
-        sock = connector.connect(host, port, time.monotonic() + timeout)
-        sock.settimeout(timeout)
-        return self._wrap(sock) if port == SMTPS else sock
-
     def send(self, s: Any) -> None:
         """Send a command; smtplib calls this."""
         octets = s.encode("ascii") if isinstance(s, str) else s
@@ -4659,11 +4371,12 @@ class Session(smtplib.SMTP):
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
-        """Return a reply as (code, text); smtplib calls this."""
+        """Return a reply as (code, text), and keep it in `last_reply`; smtplib calls this."""
         deadline = time.monotonic() + self.timeout
         while not (reply := self._next_reply()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._feed(self.sock.recv(65536))
+        self.last_reply = reply
         return int(reply.code), "\n".join(reply.lines).encode()
 
     def _next_reply(self) -> SMTPReply | None:
@@ -4674,25 +4387,20 @@ class Session(smtplib.SMTP):
         self.maybe_complete = bool(reply and self.recv_buffer)
         if reply and reply.code == "421":  # RFC 5321 3.8
             self.alive = False
-        if reply and self.masked:
-            reply = reply._replace(lines=tuple(map(self._mask_credentials, reply.lines)))
+        if reply and self.masked and reply.code != "334":  # the log-in goes on from a challenge
+            reply = reply._replace(lines=tuple(map(self._mask, reply.lines)))
         if reply and (log.devel or log.trace.get() is not None):
-            for i, line in enumerate(reply.lines, 1):
-                log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
+            lines = ("********",) if reply.code == "334" and self.masked else reply.lines
+            for i, line in enumerate(lines, 1):
+                log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(lines) else '-'}{line}")
         return reply
 
-    def _mask_credentials(self, line: str) -> str:
-        """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand.
-
-        A challenge stays as it is: it may share a part with a token, and the log-in goes on from it."""
-        secrets = secret_forms(self.route)
-        with contextlib.suppress(ProtocolError, UnicodeDecodeError):
-            decoded = decode_challenge(line.rstrip(".").encode()).decode()
-            if (masked := mask_secrets(decoded, secrets)) != decoded:
-                return base64.b64encode(masked.encode()).decode()
-            if not any(secret in line for secret in secrets):
-                return line
-        return mask_secrets(line, secrets)
+    def _mask(self, text: str) -> str:
+        """Mask our credentials, as they are and as AUTH sends them: some servers repeat what they do not understand."""
+        secret = self.route.credentials[1]
+        forms = [auth_response(mechanism, self.route) for mechanism in CLIENT_FIRST]
+        secrets = [secret, *[base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]]
+        return mask_secrets(text, secrets if len(secret) > 3 else [])  # to mask a short one would hide nothing
 
     def _feed(self, octets: bytes) -> None:
         if not octets:
@@ -4706,12 +4414,9 @@ class Session(smtplib.SMTP):
                 log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Close the connection, unregistered first: by the event loop's thread, or before it has a stream."""
-        if self.stream:
-            self.stream.release()
+        """Close the connection, unregistered first: in the event loop's thread, or before it has a stream."""
+        self.on_close.close()
         super().close()
-        release_place, self.release_place = self.release_place, lambda: None
-        release_place()
 
     def quit(self) -> None:
         """Send QUIT and close, without waiting for the reply."""
@@ -4721,75 +4426,41 @@ class Session(smtplib.SMTP):
             self.send("QUIT\r\n")
         self.close()
 
-    # -- replies
-
     def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
-        route = self.route
-        more = {"from_server": True, "route_fault": is_route_fault(route, step, reply)}
+        """Return a server's reply as ours. A refusal of our log-in or the route's settings is no fault of the mail."""
+        route, fault = self.route, False
+        if reply.code[0] == "5" and route.mailer != "MX":
+            our_login = step == "MAIL" and bool(route.auth) and (reply.code, reply.dsn) == ("550", "5.7.1")
+            fault = our_login or step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53"  # RFC 4954 6
+        more = {"from_server": True, "route_fault": fault}
         return Reply(reply.code, reply.dsn, step, reply.lines, route.mailer, route.host, route.port, **more)
 
     def _broken(self, error: OSError) -> Reply:
         """Return the reply for recipients that have none, since the connection broke."""
-        reason, endpoint = error_text(error), self.route.endpoint
         if self.eod_sent:
-            return make_reply("unsure", reason, maybe_delivered=True, **endpoint)
-        if isinstance(error, ProtocolError):
-            return make_reply("rubbish", reason, command=self.step, **endpoint)
-        if self.step == "CONN":
-            return make_reply("connect", reason, **endpoint)
-        if isinstance(error, ssl.SSLError) and self.step == "STARTTLS":
-            return make_reply("tls", reason, **endpoint)
-        return make_reply("lost", reason, command=self.step, **endpoint)
+            return make_reply("unsure", error_text(error), maybe_delivered=True, **self.route.endpoint)
+        slug = {"CONN": "connect", "STARTTLS": "tls" if isinstance(error, ssl.SSLError) else "lost"}.get(
+            self.step, "lost"
+        )
+        slug = "rubbish" if isinstance(error, ProtocolError) else slug
+        return make_reply(slug, error_text(error), command=self.step, **self.route.endpoint)
 
 
-def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
-    """Return whether a refusal is due to our log-in or the route's settings. The mail is not at fault then."""
-    if reply.code[0] != "5" or route.mailer == "MX":
-        return False
-    our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
-    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
-
-
-# -- AUTH (RFC 4954)
-
-
-class Mechanism(NamedTuple):
-    """Way to log in."""
-
-    has_initial: bool  # whether the client speaks first
-    respond: Callable  # (route, challenge as it came, number of responses before): gives the response
-    by_token: bool = False  # with an access token as password
-
-
-def auth_cram_md5(route: Route, challenge: bytes, turn: int) -> bytes:
-    user, password = route.credentials  # RFC 2195
-    digest = hmac.new(password.encode(), decode_challenge(challenge), "md5").hexdigest()
-    return f"{user} {digest}".encode()
-
-
-def auth_plain(route: Route, challenge: bytes, turn: int) -> bytes:
-    return "\0{}\0{}".format(*route.credentials).encode()  # RFC 4616
-
-
-def auth_xoauth2(route: Route, challenge: bytes, turn: int) -> bytes:
-    """Answer with the token, then with an empty line to a further challenge, which is an error in JSON."""
-    # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
-    return b"" if turn else "user={}\1auth=Bearer {}\1\1".format(*route.credentials).encode()
-
-
-def auth_oauthbearer(route: Route, challenge: bytes, turn: int) -> bytes:
-    user, token = route.credentials[0].replace("=", "=3D").replace(",", "=2C"), route.credentials[1]  # RFC 5801 4
-    text = f"n,a={user},\1host={route.host}\1port={route.port}\1auth=Bearer {token}\1\1"
-    return b"\1" if turn else text.encode()  # RFC 7628 3.1, 3.2.3
-
-
-def auth_login(route: Route, challenge: bytes, turn: int) -> bytes:
-    """Answer with user name or password, by the words of the challenge, else by its turn: no RFC defines the words."""
-    text = challenge.lower()
-    with contextlib.suppress(ProtocolError):
-        text += decode_challenge(challenge).lower()
-    asked = 1 if b"pass" in text else 0 if b"user" in text or b"name" in text else min(turn, 1)
-    return route.credentials[asked].encode()
+def auth_response(mechanism: str, route: Route, challenge: bytes = b"", turn: int = 0) -> bytes:
+    """Return the initial response of AUTH, or that to a challenge as it came; `turn` counts those before it."""
+    user, secret = route.credentials
+    if mechanism == "PLAIN":  # RFC 4616
+        return f"\0{user}\0{secret}".encode()
+    if mechanism == "LOGIN":  # no RFC has it: the words of its challenges differ
+        return (secret if turn else user).encode()
+    if mechanism == "CRAM-MD5":  # RFC 2195
+        return f"{user} {hmac.new(secret.encode(), decode_challenge(challenge), 'md5').hexdigest()}".encode()
+    if turn:  # the challenge is an error in JSON
+        return b"\1" if mechanism == "OAUTHBEARER" else b""  # RFC 7628 3.2.3
+    if mechanism == "XOAUTH2":  # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
+        return f"user={user}\1auth=Bearer {secret}\1\1".encode()
+    user = user.replace("=", "=3D").replace(",", "=2C")  # RFC 5801 4
+    return f"n,a={user},\1host={route.host}\1port={route.port}\1auth=Bearer {secret}\1\1".encode()  # RFC 7628 3.1
 
 
 def decode_challenge(challenge: bytes) -> bytes:
@@ -4800,26 +4471,8 @@ def decode_challenge(challenge: bytes) -> bytes:
         raise ProtocolError(f"unexpected challenge: {error}") from None
 
 
-AUTH_MECHANISMS = {  # the strongest first
-    "CRAM-MD5": Mechanism(False, auth_cram_md5),
-    "PLAIN": Mechanism(True, auth_plain),
-    "LOGIN": Mechanism(False, auth_login),  # with an initial response, some servers fail
-    "XOAUTH2": Mechanism(True, auth_xoauth2, by_token=True),
-    "OAUTHBEARER": Mechanism(True, auth_oauthbearer, by_token=True),
-}
 MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response waits to be asked for (RFC 4954 4)
 MAX_CHALLENGES = 4
-
-
-def secret_forms(route: Route) -> list:
-    """Return a password or token as AUTH sends it and as it is; masking short ones would hide nothing."""
-    forms = [row.respond(route, b"", 0) for row in AUTH_MECHANISMS.values() if row.has_initial]
-    secret = route.credentials[1]
-    forms = [base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]
-    return [*forms, secret] if len(secret) > 3 else []
-
-
-# -- a transaction's script, and what its replies mean
 
 
 def envelope_commands(transaction: Transaction, utf8: bool, size: int, features: dict) -> list:
@@ -4866,8 +4519,6 @@ def recipient_replies(replies: list, result: SMTPReply | None, lost: Reply | Non
 
 
 class SessionWaiter(NamedTuple):
-    """A mail that waits for a session."""
-
     future: asyncio.Future  # of a Session, or None (open one)
     deadline: float
     reply: Reply | None  # the failure of its own attempt to open a session
@@ -4878,83 +4529,78 @@ class SessionPool:
     one of those, until the deadline."""
 
     OPENING = 32  # sessions opened at a time, each in a thread
-    FULL_BACKOFF = 5  # seconds until another session is opened after the server took no more
+    BACKOFF = 5  # seconds until a server that took no more is asked for one more session
 
     def __init__(self) -> None:
         self.idle: list = []  # the most recently used last
         self.in_use = self.opening = 0
         self.waiters: deque = deque()  # of SessionWaiter, the longest first
-        self.open_limit, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
+        self.limit, self.ask_again = math.inf, 0.0  # sessions that the server takes; when to try whether it takes more
         self.refusal: Reply | None = None  # the last one
         self.gave_up = 0.0  # when a session was closed so that another process can open one
 
-    @property
-    def full(self) -> bool:
-        """Return whether the server accepts no more for now, and there is a session to wait for."""
-        return self.in_use + self.opening > 0 and time.monotonic() < self.full_until
+    def may_open(self) -> bool:
+        one_more = not self.opening and time.monotonic() >= self.ask_again
+        return self.opening < self.OPENING and (one_more or self.in_use + self.opening < self.limit)
 
-    def may_open(self, has_room: bool = False) -> bool:
-        """Return whether another session may be opened now; `has_room` means that the server has just lost one."""
-        return self.opening < self.OPENING if has_room else self.opening < self.open_limit and not self.full
-
-    def wait(self, deadline: float, reply: Reply | None) -> asyncio.Future:
+    def wait(self, deadline: float, reply: Reply | None = None) -> asyncio.Future:
+        """Wait for a session that is released, or for None: one may be opened."""
         future = asyncio.get_running_loop().create_future()
         self.waiters.append(SessionWaiter(future, deadline, reply))
+        self.wake_waiters()
         return future
 
-    def next_waiter(self) -> asyncio.Future | None:
-        """Take the one that has waited longest, if any; one that was cancelled waits no more."""
+    def hand_over(self, session: Session | None) -> bool:
+        """Give it to the mail that has waited longest, if any; one that was cancelled waits no more."""
         while self.waiters:
             future = self.waiters.popleft().future
             if not future.done():
-                return future
-        return None
+                future.set_result(session)
+                return True
+        return False
 
-    def wake_waiters(self, has_room: bool = False) -> None:
+    def wake_waiters(self) -> None:
         """Have waiters open sessions, as many as may be opened."""
-        while self.may_open(has_room) and (future := self.next_waiter()):
+        while self.may_open() and self.hand_over(None):
             self.opening += 1
-            future.set_result(None)
-            has_room = False
 
     def opened(self) -> None:
-        """Count a session that was opened, and is in use."""
         self.opening -= 1
         self.in_use += 1
-        self.open_limit = min(self.open_limit * 2, self.OPENING)
+        if self.in_use > self.limit:
+            self.limit = 2 * self.in_use
         self.wake_waiters()
 
     def refused(self, reply: Reply | None) -> bool:
         """Count a session that was not opened; return True if it is worth waiting for another one. Without any, a
         temporary greeting fails only the waiters that got one themselves, any other failure all of them."""
-        self.opening -= 1
-        none_left = not (self.idle or self.in_use or self.opening)
-        full = bool(reply) and not none_left
-        if full:
+        others = len(self.idle) + self.in_use + self.opening - 1
+        if reply and others:
             self.slow_down(reply)
-        elif none_left:
-            only_this = not reply or (
-                reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
-            )
-            busy = only_this or reply.code in THROTTLED
-            self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
+        elif not others:
+            greeting = reply and reply.command == "CONN" and (reply.from_server or reply.retry_after)
+            busy = not reply or (greeting and reply.temporary) or reply.code in THROTTLED
+            self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], reply)
+        self.opening -= 1
         self.wake_waiters()
-        return full
+        return bool(reply and others)
 
     def slow_down(self, reply: Reply) -> None:
-        """Open no session for a while, as long as there is one, since the server accepts no more."""
-        self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
+        """Make do with one session less than there are, since the server refused it."""
+        self.limit = max(len(self.idle) + self.in_use + self.opening - 1, 1)
+        self.refusal, self.ask_again = reply, time.monotonic() + self.BACKOFF
 
     def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
         for waiter in waiters:
             self.waiters.remove(waiter)
-            waiter.future.set_exception(Rejected(waiter.reply or reply or self.refusal))
+            if not waiter.future.done():
+                waiter.future.set_exception(Rejected(waiter.reply or reply or self.refusal))
 
     def sweep(self, now: float) -> None:
         """Give those that have waited too long the server's reply."""
-        if self.full:
-            self.fail_waiters([waiter for waiter in self.waiters if waiter.deadline <= now])
         self.wake_waiters()
+        if self.refusal:
+            self.fail_waiters([waiter for waiter in self.waiters if waiter.deadline <= now])
 
 
 class TransportContext:
@@ -4964,19 +4610,19 @@ class TransportContext:
     IDLE_WHEN_FULL = 1  # the same if the server limits sessions: other processes of ours may need one
     AGE = 300  # seconds after which a session is not used again
     SHARE = 5  # the same if the route's sessions are limited: another process may wait for its place
-    MAX_IDLE = 256  # sessions of one route
 
     def __init__(self, nameservers: tuple = (), limits: SharedLimits | None = None) -> None:
         self.limits = limits or SharedLimits()
         self.route_pauses: dict = {}  # Route that failed: monotonic time until which its list does without it
         self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
-        self.http, self.tokens = HTTPConnectionPool(), TokenCache()
+        self.http = HTTPConnectionPool()
+        self.tokens = TokenCache(self.http)
         self.set_nameservers(nameservers)
 
     def set_nameservers(self, nameservers: tuple) -> None:
         """Use these name servers from now on; () means those of resolv.conf."""
         self.resolver = Resolver(nameservers)
-        self.mta_sts = MTASTSCache(self.resolver)
+        self.mta_sts = MTASTSCache(self.resolver, self.http)
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
@@ -4991,14 +4637,10 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pools[hostname, route], 0.0, None
+        pool, deadline, reply = self.pools[hostname, route], time.monotonic() + route.timeout, None
         while True:
-            if pool.may_open():
-                pool.opening += 1
-            else:
-                deadline = deadline or time.monotonic() + route.timeout
-                if session := await pool.wait(deadline, reply):
-                    return session, True
+            if session := await pool.wait(deadline, reply):
+                return session, True
             try:
                 session = await self.connect(route, hostname)
             except BaseException as error:
@@ -5014,31 +4656,26 @@ class TransportContext:
 
     async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
         """Open a session; an access token that the server refuses is replaced once."""
-        session = Session(await self.tokens.authorize(route), hostname)
+        session, pool = Session(await self.tokens.authorize(route), hostname), self.pools[hostname, route]
+        deadline = time.monotonic() + route.timeout
         if route.sessions:
-            session.release_place = await self._await_place(route, self.pools[hostname, route])
+            if time.monotonic() - pool.gave_up < 0.2:
+                await asyncio.sleep(0.2)  # a process that has waited longer takes it
+            while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
+                if pool.idle or pool.in_use or time.monotonic() > deadline:  # acquire() waits for those of this process
+                    line = f"other mails have all of its sessions ({route.sessions})"
+                    raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
+                await asyncio.sleep(0.05)  # there is no event when another process closes one
+            session.on_close.callback(self.limits.close_session, octet)
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
-            again = again and bool(route.oauth2) and refused.reply.code == "535"
-            if not (again and self.tokens.drop(route, session.route.credentials[1])):
+            if not (again and route.oauth2 and refused.reply.code == "535" and self.tokens.drop(session.route)):
                 raise
             return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
+        session.on_close.callback(session.stream.release)
         return session
-
-    async def _await_place(self, route: Route, pool: SessionPool) -> Callable:
-        """Take a place among the route's sessions of all processes, and return what gives it back. Raises Rejected if
-        this process has all of them, which are waited for elsewhere, or if that takes too long."""
-        deadline = time.monotonic() + route.timeout
-        if time.monotonic() - pool.gave_up < 0.2:
-            await asyncio.sleep(0.2)  # one that has waited longer takes it
-        while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
-            if pool.idle or pool.in_use or time.monotonic() > deadline:
-                line = f"other mails have all of its sessions ({route.sessions})"
-                raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
-            await asyncio.sleep(0.05)  # there is no event when another process releases one
-        return functools.partial(self.limits.close_session, octet)
 
     async def await_rate(self, route: Route, count: int) -> None:
         """Wait until the route's rate admits so many recipients; raise Rejected if that takes too long."""
@@ -5053,26 +4690,24 @@ class TransportContext:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool, limited = session.pool, bool(session.route.sessions)
         is_old = session.last_used - session.created_at >= (self.SHARE if limited else self.AGE)
-        if session.alive and not (limited and is_old) and (future := pool.next_waiter()):
-            future.set_result(session)
+        if session.alive and not (limited and is_old) and pool.hand_over(session):
             return
         pool.in_use -= 1
-        if session.alive and not is_old and len(pool.idle) < self.MAX_IDLE:
+        if session.alive and not is_old:
             pool.idle.append(session)
             return
         if session.alive:
             pool.gave_up = time.monotonic()
             session.quit()
         session.close()
-        pool.wake_waiters(has_room=True)
+        pool.wake_waiters()
 
     async def sweep(self, everything: bool = False) -> None:
         """Close the sessions and connections that have been idle too long, or all."""
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
-            limited = pool.open_limit < pool.OPENING or key[1].sessions
-            idle = self.IDLE_WHEN_FULL if limited else self.IDLE
+            idle = self.IDLE_WHEN_FULL if pool.refusal or key[1].sessions else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
                 pool.idle.pop(0).quit()
             pool.sweep(now)
@@ -5083,17 +4718,20 @@ class TransportContext:
 # ======================================================================================================================
 # 15. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
-#     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
-#     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
+#     (route, hostname, domain, transport), sends no mail and gives one CheckResult for each step. Both may raise
+#     Rejected or OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
 # ======================================================================================================================
 
 ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
 MAX_REPLACEMENTS = 8  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
+SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
+SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
 DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 DECODERS.update(B=binascii.a2b_base64, Q=functools.partial(binascii.a2b_qp, header=True))  # RFC 2047 4
 API_LIMIT = re.compile(r"(TooManyRequests|Throttling|SendingPaused|\w*LimitExceeded)(Exception)?")  # errors that pass
+API_LOGIN = re.compile(r"SignatureDoesNotMatch|InvalidClientTokenId|\w*(Signature|Token|Client)(Exception)?")
 ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
 
@@ -5122,18 +4760,17 @@ async def attempt_route_list(transaction: Transaction, transport: TransportConte
             pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
         found = await attempt_route(transaction._replace(route=route, recipients=waiting), transport)
         replies.update({to: reply._replace(fallback=tried) for to, reply in zip(waiting, found)})
-        failed = [reply for reply in found if try_next_route(reply)]
-        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed):
+        failed = {to: reply for to, reply in zip(waiting, found) if try_next_route(reply)}
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
             pauses[route] = time.monotonic() + ROUTE_PAUSE
         else:
             pauses.pop(route, None)
         if not failed:
             break
-        for reply in dict.fromkeys(failed):
+        for reply in dict.fromkeys(failed.values()):
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
-        waiting = tuple(to for to in waiting if try_next_route(replies[to]))
-        tried = " ".join(filter(None, (tried, failed[0].relay)))
+        waiting, tried = tuple(failed), " ".join(filter(None, (tried, next(iter(failed.values())).relay)))
     return [replies[to] for to in transaction.recipients]
 
 
@@ -5192,10 +4829,9 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver by SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may have several."""
-    by_domain: dict = {}
+    by_domain, replies = defaultdict(list), {}
     for recipient in transaction.recipients:
-        by_domain.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
-    replies: dict = {}
+        by_domain[recipient.rpartition("@")[2].lower()].append(recipient)
     for domain, recipients in by_domain.items():
         try:
             part = transaction._replace(recipients=tuple(recipients))
@@ -5207,9 +4843,8 @@ async def relay_mx(transaction: Transaction, transport: TransportContext) -> lis
 
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
     """Return {recipient: Reply} from the first host that works; raise Rejected if the domain has no host."""
-    route, waiting, attempts = transaction.route, transaction.recipients, 0
+    route, waiting, replies, attempts = transaction.route, transaction.recipients, {}, 0
     hosts, policy = await admitted_hosts(domain, route, transaction.hostname, transport)
-    replies: dict = {}
     for host in hosts:
         for hop in await next_hops(host, route, policy, transport.resolver):
             answers = [hop] * len(waiting)
@@ -5255,8 +4890,9 @@ def try_next_host(reply: Reply) -> bool:
     return reply.command in ("CONN", "EHLO", "STARTTLS") or (reply.code == "421" and reply.command != "DATA")
 
 
-async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
-    return [await asyncio.to_thread(save_message, transaction)] * len(transaction.recipients)
+async def relay_local(deliver: Callable, transaction: Transaction, transport: TransportContext) -> list:
+    """Return the Reply of deliver(transaction), which blocks, for each recipient."""
+    return [await asyncio.to_thread(deliver, transaction)] * len(transaction.recipients)
 
 
 def save_message(transaction: Transaction) -> Reply:
@@ -5265,96 +4901,87 @@ def save_message(transaction: Transaction) -> Reply:
     name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
     path, aside = os.path.join(folder, name), os.path.join(folder, f".{name}")
     try:
-        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(handle, "wb") as stream:
-                stream.write(transaction.octets())
-                stream.flush()
-                os.fsync(handle)
-            os.rename(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        with open(aside, "xb", opener=functools.partial(os.open, mode=0o600)) as stream:
+            stream.write(transaction.octets())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(aside, path)
         handle = os.open(folder, os.O_RDONLY)  # a renamed file survives a power cut only if its folder is synced
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
         return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
     return make_reply("done", word=path, mailer="File")
 
 
-async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
+def print_message(transaction: Transaction) -> Reply:
     """Print the message, with controls escaped, and marked so that no line of it can pass for one of the log."""
     people = f"from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
     lines = [f"--- {transaction.queueid}.{transaction.number} {people}", *(f"| {line}" for line in text.split("\n"))]
     lines = [SCREEN_UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines]
-    reply = make_reply("done", word="Printed", mailer="Screen")
     if not log.write_bytes("\n".join([*lines, "---\n"]).encode()):
-        reply = make_reply("file", "stderr cannot be written", mailer="Screen")
-    return [reply] * len(transaction.recipients)
+        return make_reply("file", "stderr cannot be written", mailer="Screen")
+    return make_reply("done", word="Printed", mailer="Screen")
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
     return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-async def relay_http(make_request: Callable, read_replies: Callable, transaction: Transaction, transport: Any) -> list:
-    """Post make_request(transaction), an HTTPRequest, which raises ValueError if the API can't express the message.
-    read_replies(transaction, response) returns the replies. An access token that is refused is replaced once."""
+async def relay_http(transaction: Transaction, transport: TransportContext) -> list:
+    """Deliver by the API in the route's row. An access token that is refused is replaced once."""
+    row = transaction.route.row
     for again in (True, False):
         login = await transport.tokens.authorize(transaction.route)
         try:
-            call = await asyncio.to_thread(make_request, transaction._replace(route=login))
+            call = await asyncio.to_thread(row.request, transaction._replace(route=login))
         except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
             raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
         response = await transport.http.request(HTTPTarget.of_route(login), call)
         token = login.credentials[1] if login.oauth2 else ""
-        if not (again and token and response.status == 401 and transport.tokens.drop(login, token)):
+        if not (again and token and response.status == 401 and transport.tokens.drop(login)):
             break
     if token:
         response = response._replace(body=response.body.replace(token.encode(), b"********"))
-    return read_replies(transaction, response)
+    return row.replies(transaction, response)
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """Return the submission to another Haineko: header and body if they express all of the message (the old one in
+    """Return the submission to another Haineko: header and body if compose() makes this message of them (the old one in
     Perl knows no more), else `raw`."""
-    octets = transaction.octets()
+    octets, document = transaction.octets(), {"mail": transaction.sender, "rcpt": transaction.recipients}
     try:
-        document = as_plain_submission(transaction, octets)
+        fields, body = parse_message(octets)
+        lines = {name: unfold(value) for name, value in fields}
+        charset = lines["content-type"].rpartition("charset=")[2]
+        text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+        *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
+        header = {"subject": decode_encoded_words(lines["subject"]), "charset": charset, "x-haineko-loop": passed}
+        for key in [name for name in ("from", "reply-to") if name in lines]:
+            header[key.replace("-", "")] = format_mailboxes(lines[key])
+        plain = {**document, "header": header, "body": text.replace("\r\n", "\n")}
+        submission = parse_submission(encode_json(plain)).submission
+        if not (submission and transaction.sender):
+            raise ValueError("compose() could not make it")
+        now = parsedate_to_datetime(lines["date"]).timestamp()
+        message = compose(submission, transaction.queueid, None, hostname, now)
+        composed = message.copy(transaction.recipients[0], transaction.number)
+        if composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+            raise ValueError("compose() would make another message")
+        document.update(plain, header={**header, "x-haineko-loop": [*passed, hostname]}, ehlo=hostname)
     except (ValueError, LookupError, TypeError):  # TypeError: of a Date that is none, before Python 3.10
-        raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
-        document = {"mail": transaction.sender, "rcpt": transaction.recipients, "raw": raw}
+        document["raw"] = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
     return HTTPRequest("POST", "/submit", encode_json(document), basic_auth_header(transaction.route.credentials))
 
 
 def basic_auth_header(login: tuple) -> tuple:
     """Return the header fields for HTTP Basic (RFC 7617); none without a login."""
     return (("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode()),) if login else ()
-
-
-def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
-    """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
-    fields, body = parse_message(octets)
-    lines = {name: unfold(value) for name, value in fields}
-    charset = lines["content-type"].rpartition("charset=")[2]
-    *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    header = {"subject": decode_encoded_words(lines["subject"]), "charset": charset, "x-haineko-loop": passed}
-    header.update({key.replace("-", ""): format_mailboxes(lines[key]) for key in ("from", "reply-to") if key in lines})
-    text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
-    document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
-    submission = parse_submission(encode_json({**document, "header": header})).submission
-    if not (submission and transaction.sender):
-        raise ValueError("compose() could not make it")
-    now = parsedate_to_datetime(lines["date"]).timestamp()
-    composed = compose(submission, transaction.queueid, None, hostname, now)
-    composed = composed.copy(transaction.recipients[0], transaction.number)
-    if composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
-        raise ValueError("compose() would make another message")
-    return {**document, "header": {**header, "x-haineko-loop": [*passed, hostname]}, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
@@ -5387,12 +5014,10 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     lines = [sanitize(str(line), 500) for line in lines][:20] or [status_text(response)]
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
-    if reply.accepted:
-        return reply
+    wait = 0 if code[0] == "2" else parse_retry_after(response)
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
-    wait, route_fault = parse_retry_after(response), response.status == 401
-    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=route_fault)
+    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
+    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=response.status == 401)
 
 
 def bearer_header(route: Route) -> tuple:
@@ -5411,14 +5036,6 @@ def sendgrid_request(transaction: Transaction) -> HTTPRequest:
             headers[line.partition(b":")[0].decode()] = single_field(fields, name)
             if not line.isascii():
                 raise ValueError(f"the header {name} is not ASCII")
-    document = {**sendgrid_addresses(transaction, fields), "headers": headers, **sendgrid_parts(octets)}
-    document["subject"] = decode_encoded_words(single_field(fields, "subject"))
-    body = encode_json({key: value for key, value in document.items() if value})
-    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
-
-
-def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
-    """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     people = {"bcc": [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]}
     for key in ("from", "to", "cc", "reply-to"):
         mailboxes = parse_mailboxes(single_field(fields, key))
@@ -5426,10 +5043,14 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
         people[key] = [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
     if len(people["from"]) != 1:
         raise ValueError("From has several addresses")
-    replies = people["reply-to"]
-    replies = {"reply_to": replies[0]} if len(replies) == 1 else {"reply_to_list": replies}
-    envelope = {key: people[key] for key in ("to", "cc", "bcc") if people[key]}
-    return {"personalizations": [envelope], "from": people["from"][0], **replies}
+    # SendGrid shows every recipient but Bcc, and delivers to every one that it shows.
+    document = {"personalizations": [{key: people[key] for key in ("to", "cc", "bcc") if people[key]}]}
+    document.update({"from": people["from"][0], "reply_to_list": people["reply-to"], "headers": headers})
+    if len(people["reply-to"]) == 1:
+        document["reply_to"] = document.pop("reply_to_list")[0]
+    document.update(sendgrid_parts(octets), subject=decode_encoded_words(single_field(fields, "subject")))
+    body = encode_json({key: value for key, value in document.items() if value})
+    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5440,10 +5061,6 @@ def hidden_recipients(transaction: Transaction, fields: list) -> list:
             if not hidden.pop(mailbox.key, None):
                 raise ValueError(f"{name.title()} has {mailbox.addr_spec}, which gets this mail another way or twice")
     return list(hidden.values())
-
-
-SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
-SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
 
 
 def sendgrid_parts(octets: bytes) -> dict:
@@ -5463,8 +5080,7 @@ def sendgrid_parts(octets: bytes) -> dict:
         else:
             text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
             content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
-    types = [item["type"] for item in content]
-    both = ["text/plain", "text/html"]
+    types, both = [item["type"] for item in content], ["text/plain", "text/html"]
     if not (types == both and "alternative" in multiparts) and types not in (both[:1], both[1:]):
         raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
     return {"content": content, "attachments": attachments}
@@ -5472,7 +5088,9 @@ def sendgrid_parts(octets: bytes) -> dict:
 
 def sendgrid_attachment(part: Any) -> dict:
     content_id, disposition = (part["Content-ID"] or "").strip("<> "), part.get_content_disposition()
-    octets = part.get_payload(decode=True)
+    octets, charset = part.get_payload(decode=True), part.get_content_charset("utf-8")
+    if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
+        raise ValueError(f"an attachment has the charset {charset}, which can't be declared")
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
     name = decode_encoded_words(part.get_filename() or content_id)
@@ -5484,11 +5102,11 @@ def sendgrid_attachment(part: Any) -> dict:
 
 async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver to 50 recipients at a time, Amazon's quota."""
-    replies, read_replies = [], functools.partial(api_replies, 200, "MessageId", "")
+    replies: list = []
     for start in range(0, len(transaction.recipients), 50):
         part = transaction._replace(recipients=transaction.recipients[start : start + 50])
         try:
-            replies += await relay_http(amazonses_request, read_replies, part, transport)
+            replies += await relay_http(part, transport)
         except Rejected as refused:
             replies += [refused.reply] * len(part.recipients)
     return replies
@@ -5536,11 +5154,11 @@ def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
     items = items_by_address(response.document() if response.status == 200 else None, "email")
     for item in [items.get(address_key(to), {}) for to in transaction.recipients]:
         status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
+        dsn = {"rejected": "5.7.1", "invalid": "5.1.3"}.get(str(status))
         if status in ("sent", "queued", "scheduled"):
             replies.append(http_reply("web-accepted", route, response, [status, *lines]))
-        elif status in ("rejected", "invalid"):
-            reply = http_reply("web-refused", route, response, lines, status)
-            replies.append(reply._replace(dsn="5.1.3" if status == "invalid" else "5.7.1"))
+        elif dsn:
+            replies.append(http_reply("web-refused", route, response, lines, status)._replace(dsn=dsn))
         else:
             replies.append(http_failure(route, response))
     return replies
@@ -5572,30 +5190,29 @@ def addressed_message(transaction: Transaction) -> bytes:
     return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
 
 
-def api_replies(success: int, name: str, header: str, transaction: Transaction, response: HTTPResponse) -> list:
-    """Return the replies of an API that takes the mail for all recipients, or not; its id is in a header or in JSON."""
-    ident = response.headers.get(header) if header else json_object(response).get(name)
+def api_replies(success: int, name: str, transaction: Transaction, response: HTTPResponse) -> list:
+    """Return the replies of an API that takes the mail for all recipients, or not. Its id is in JSON, or for 202 in a
+    header that may be absent."""
+    ident = response.headers.get(name) if success == 202 else json_object(response).get(name)
     reply = http_reply("web-accepted", transaction.route, response, [f"{name}: {ident}"] if ident else [])
-    if response.status != success or not (ident or header):
+    if response.status != success or not (ident or success == 202):
         reply = http_failure(transaction.route, response)
     return [reply] * len(transaction.recipients)
 
 
-def api_errors(response: HTTPResponse) -> list | None:
-    """Return the error messages in a response; None if it has none in a form that one of the APIs uses."""
-    document, amazon = json_object(response), response.headers.get("x-amzn-ErrorType")
-    amazon = str(amazon or document.get("__type") or "").partition(":")[0].rpartition("#")[2]
-    errors, error = document.get("errors"), document.get("error")
-    if amazon:  # some have a namespace in front, or a URL behind
-        return [amazon, *(str(document[key]) for key in ("message", "Message") if document.get(key))]
-    if document.get("status") == "error":  # Mandrill
-        return [f"{document.get('name')}: {document.get('message')}"]
-    if isinstance(error, dict):  # Graph and Google
-        reasons = re.findall(r"'reason': '(\w+)'", str(error.get("errors")))
-        return [f"{error.get('code')}: {error.get('message')}", *reasons]
-    if isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors):  # SendGrid
-        return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
-    return None
+def sendgrid_errors(document: dict, headers: Any) -> list:
+    return [": ".join(str(item[key]) for key in ("field", "message") if item.get(key)) for item in document["errors"]]
+
+
+def amazonses_errors(document: dict, headers: Any) -> list:
+    name = str(headers.get("x-amzn-ErrorType") or document["__type"])  # may have a namespace in front, a URL behind
+    messages = [str(document[key]) for key in ("message", "Message") if document.get(key)]
+    return [name.partition(":")[0].rpartition("#")[2], *messages]
+
+
+def graph_and_google_errors(document: dict, headers: Any) -> list:
+    error = document["error"]
+    return [f"{error['code']}: {error['message']}", *re.findall(r"'reason': '(\w+)'", str(error.get("errors")))]
 
 
 def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word: str = "") -> Reply:
@@ -5605,10 +5222,13 @@ def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word
 
 
 def http_failure(route: Route, response: HTTPResponse) -> Reply:
-    status, lines, wait = response.status, api_errors(response), parse_retry_after(response)
-    if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
-        return http_reply("web-refused", route, response, lines or ())._replace(dsn="5.3.4")
-    if lines is None or status < 400:
+    """Return the reply for a response that is no success. Without the API's own errors it may be of a proxy."""
+    status, lines, wait = response.status, [], parse_retry_after(response)
+    with contextlib.suppress(LookupError, TypeError, AttributeError):  # another form than the API's
+        lines = route.row.errors(json_object(response), response.headers)
+    if status == 413:  # the mail will not be smaller next time
+        return http_reply("web-refused", route, response, lines)._replace(dsn="5.3.4")
+    if not lines or status < 400:
         excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
         reply = http_reply("web-rubbish", route, response, filter(None, (status_text(response), excerpt)))
         return reply._replace(maybe_delivered=200 <= status < 300, retry_after=wait)
@@ -5616,9 +5236,8 @@ def http_failure(route: Route, response: HTTPResponse) -> Reply:
         reply = http_reply("web-later", route, response, lines)
         return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=wait)
     reply = http_reply("web-refused", route, response, lines)
-    wrong_key = lines[0].isalpha() and re.search("Signature|Token|UnrecognizedClient", lines[0])  # Amazon's exceptions
-    dsn = {401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn)
-    return reply._replace(dsn=dsn, route_fault=status == 401 or bool(wrong_key))
+    route_fault = status == 401 or any(map(API_LOGIN.fullmatch, lines))
+    return reply._replace(dsn={401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn), route_fault=route_fault)
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
@@ -5668,36 +5287,20 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
-class ConnectivityProbe(NamedTuple):
-    """A route to try for `check --connect`, and for MX the domain of a recipient."""
-
-    route: Route
-    hostname: str  # our own name, for EHLO
-    domain: str = ""  # "" if the route is for many domains
-
-
 class CheckResult(NamedTuple):
     step: str
     ok: bool
     text: str
 
 
-def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
-    return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
-
-
-async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
+async def probe_esmtp(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Look the host up as a delivery would, then open a session."""
-    found = await asyncio.to_thread(probe_dns, probe.route)
-    return [found, *(await asyncio.to_thread(probe_session, probe.route, probe.hostname) if found.ok else ())]
-
-
-def probe_dns(route: Route) -> CheckResult:
     try:
-        found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
+        found = await asyncio.to_thread(socket.getaddrinfo, route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        return CheckResult("DNS", False, f"{route.host}: {error.strerror}")
-    return CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")
+        return [CheckResult("DNS", False, f"{route.host}: {error.strerror}")]
+    shown = f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}"
+    return [CheckResult("DNS", True, shown), *await asyncio.to_thread(probe_session, route, hostname)]
 
 
 def probe_session(route: Route, hostname: str) -> list:
@@ -5721,7 +5324,8 @@ def probe_session(route: Route, hostname: str) -> list:
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
         done.pop(name, None)
-        failed = [failed_step(name, reply, f"{route.address or route.host}:{route.port}")]
+        text = f"{route.address or route.host}:{route.port}: {reply.code} {': '.join(reply.message)}"
+        failed = [CheckResult(name, False, text)]
     else:
         session.quit()
     return [CheckResult(name, True, text) for name, text in done.items()] + failed
@@ -5738,17 +5342,13 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
     return sanitize(f"{sock.version()}, certificate of {subject or names}, until {until} ({days} days)", 500)
 
 
-async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
+async def probe_mx(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Query the name servers, then open a session to the first host of the domain that works."""
-    route = probe.route
-    if not probe.domain:
-        found = await transport.resolver.lookup(probe.hostname, MX, time.monotonic() + route.timeout)
+    if not domain:
+        found = await transport.resolver.lookup(hostname, MX, time.monotonic() + route.timeout)
         return [CheckResult("DNS", found.code != SERVFAIL, found.why or "name servers answer")]
-    try:
-        hosts, policy = await admitted_hosts(probe.domain, route, probe.hostname, transport)
-    except Rejected as rejected:
-        return [failed_step("DNS", rejected.reply)]
-    results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
+    hosts, policy = await admitted_hosts(domain, route, hostname, transport)
+    results = [CheckResult("DNS", True, f"{domain} takes mail at {', '.join(hosts)}")]
     if policy:
         results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
     for host in hosts:
@@ -5756,81 +5356,47 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
             if not isinstance(hop, Route):
                 results.append(CheckResult("DNS", False, ": ".join(hop.message)))
                 continue
-            results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
+            results += await asyncio.to_thread(probe_session, hop, hostname)
+            if results[-1].step == "TLS" and not results[-1].ok and hop.tls_if_offered:  # mail goes in clear text
+                results += await asyncio.to_thread(probe_session, replace(hop, tls_if_offered=False), hostname)
             if results[-1].ok:
                 return results
     return results
 
 
-def probe_mx_host(route: Route, hostname: str) -> list:
-    """Open a session to one host; if TLS is opportunistic, find out whether the certificate is accepted."""
-    variants, why = {"": route}, ""
-    if route.tls_if_offered:
-        variants = {"": replace(route, tls_verify=True), "not verified": route}
-        variants["mail goes in clear text"] = replace(route, tls_if_offered=False)
-    for note, hop in variants.items():
-        results = probe_session(hop, hostname)
-        if results[-1].ok:
-            return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
-        if results[-1].step != "TLS":
-            break
-        why = results[-1].text
-    return results
-
-
-async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
+async def probe_local(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Return the route's folder, if it has one; load_settings() has checked that it can be written."""
-    folder = probe.route.folder if probe.route.row.into_folder else ""
+    folder = route.folder if route.row.into_folder else ""
     return [CheckResult("FILE" if folder else "NONE", True, folder or "nothing to connect to")]
 
 
-def http_probe(make_request: Callable) -> Callable:
-    """Make a probe that sends make_request(route) and reads the response by account_state()."""
-
-    def steps(route: Route) -> list:
-        results = [probe_dns(route)]
-        if not results[0].ok:
-            return results
-        place = f"{route.host}:{route.port}"
-        try:
-            with contextlib.closing(KeepAliveConnection(HTTPTarget.of_route(route))) as line:
-                line.open()
-                results.append(CheckResult("TCP", True, f"connected to {place}"))
-                results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-                response = line.exchange(make_request(route))
-            results.append(CheckResult("AUTH", True, account_state(route, response)))
-        except Rejected as rejected:
-            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
-            results.append(failed_step(step, rejected.reply, place))
-        return results
-
-    return lambda probe, transport: asyncio.to_thread(steps, probe.route)
+async def probe_haineko(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
+    """Post an empty submission, which is refused after the login."""
+    call = HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials))
+    response = await transport.http.request(HTTPTarget.of_route(route), call)
+    item = next(iter(items_by_address(json_object(response).get("response"), "rcpt").values()), {})
+    if not item or item.get("command") == "AUTH" or response.status in (401, 403, 404):
+        raise Rejected(haineko_reply(route, response, item))
+    return [CheckResult("AUTH", True, f"a Haineko that {'takes our' if route.credentials else 'wants no'} login")]
 
 
-def account_state(route: Route, response: HTTPResponse) -> str:
-    """Return what a response tells of the account, or of its key's permissions; raise Rejected if it can't send."""
-    document, good, refusal = json_object(response), f"the {'token' if route.oauth2 else 'key'} is good", None
-    items = list(items_by_address(document.get("response"), "rcpt").values())
-    if items:  # of a Haineko, which refuses the empty submission after the login
-        good = f"a Haineko that {'takes our' if route.credentials else 'wants no'} login"
-        if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
-            refusal = haineko_reply(route, response, items[0])
-    elif response.status == 403 and ("error" in document or "AccessDenied" in (api_errors(response) or ("",))[0]):
-        good += "; it may not read the account, so whether it may send is not known"
-    elif response.status == 200 and isinstance(document.get("scopes"), list):  # SendGrid
-        good = "the API key may send"
-        if "mail.send" not in document["scopes"]:
-            refusal = http_reply("web-refused", route, response, (), "the API key lacks the permission mail.send")
-    elif response.status == 200 and "SendingEnabled" in document:  # Amazon SES
-        sandbox = not document.get("ProductionAccessEnabled", True)
-        good += ", the account may send" + ", in the sandbox: to verified recipients only" * sandbox
-        if not document["SendingEnabled"]:
-            refusal = http_reply("web-refused", route, response, (), "sending is switched off for this account")
-    elif response.status != 200 or not (document.get("PING") == "PONG!" or {"id", "emailAddress"} & set(document)):
-        refusal = http_failure(route, response)
-    if refusal:
-        raise Rejected(refusal)
-    return good
+async def probe_api(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
+    """Ask the API in the route's row for the account, or for the permissions of the key."""
+    response = await transport.http.request(HTTPTarget.of_route(route), route.row.ping(route))
+    failure, text = http_failure(route, response), None
+    if response.status == 403 and failure.dsn == "5.7.1" and not failure.route_fault:
+        text = f"{failure.message[-1]}: the login is good; whether it may send is not known"
+    elif response.status == 200:
+        with contextlib.suppress(LookupError, TypeError):  # another form than the API's
+            text = route.row.account(json_object(response))
+    if text is None:
+        raise Rejected(failure)
+    return [CheckResult("AUTH", bool(text), text or "the login is good, but may not send mail")]
+
+
+def amazonses_account(document: dict) -> str:
+    people = "everybody" if document.get("ProductionAccessEnabled", True) else "verified recipients only"
+    return f"the account may send, to {people}" if document["SendingEnabled"] else ""
 
 
 def account_request(path: str, route: Route) -> HTTPRequest:
@@ -5838,35 +5404,39 @@ def account_request(path: str, route: Route) -> HTTPRequest:
     return HTTPRequest("GET", path, headers=bearer_header(route))
 
 
-relay_haineko = functools.partial(relay_http, haineko_request, haineko_replies)
-sendgrid_replies = functools.partial(api_replies, 202, "X-Message-Id", "X-Message-Id")
-relay_sendgrid = functools.partial(relay_http, sendgrid_request, sendgrid_replies)
-relay_mandrill = functools.partial(relay_http, mandrill_request, mandrill_replies)
-relay_msgraph = functools.partial(relay_http, msgraph_request, functools.partial(api_replies, 202, "id", "request-id"))
-relay_gmailapi = functools.partial(relay_http, gmailapi_request, functools.partial(api_replies, 200, "id", ""))
-probe_haineko = http_probe(lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
-probe_sendgrid = http_probe(functools.partial(account_request, "/v3/scopes"))
-probe_amazonses = http_probe(lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
-probe_mandrill = http_probe(
-    lambda route: HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]}))
-)
-probe_msgraph = http_probe(functools.partial(account_request, "/v1.0/users/{user}"))
-probe_gmailapi = http_probe(functools.partial(account_request, "/gmail/v1/users/me/profile"))
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
-BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
+BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2"), "errors": graph_and_google_errors}
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
-    Haineko=Relay(relay_haineko, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}"),
-    SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
-    AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
-    Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
-    MSGraph=Relay(relay_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
-    GmailAPI=Relay(relay_gmailapi, probe_gmailapi, 25, "https://gmail.googleapis.com", **BY_TOKEN),
-    File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
-    Screen=Relay(relay_screen, probe_local, destination="Screen"),
+    Haineko=Relay(relay_http, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}",
+        request=haineko_request, replies=haineko_replies),
+    SendGrid=Relay(relay_http, probe_api, api_url="https://api.sendgrid.com", needs=("auth",), login=("password",),
+        request=sendgrid_request, replies=functools.partial(api_replies, 202, "X-Message-Id"), errors=sendgrid_errors,
+        ping=functools.partial(account_request, "/v3/scopes"),
+        account=lambda document: "the API key may send" if "mail.send" in document["scopes"] else ""),
+    AmazonSES=Relay(relay_amazonses, probe_api, 25, "https://email.{region}.amazonaws.com", ("auth", "region"),
+        request=amazonses_request, replies=functools.partial(api_replies, 200, "MessageId"), errors=amazonses_errors,
+        ping=lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()),
+        account=amazonses_account),
+    Mandrill=Relay(relay_http, probe_api, api_url="https://mandrillapp.com", needs=("auth",), login=("password",),
+        request=mandrill_request, replies=mandrill_replies,
+        errors=lambda document, _: [f"{document['name']}: {document['message']}"] * (document["status"] == "error"),
+        ping=lambda route: HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})),
+        account=lambda document: {"PONG!": "the key is good"}[document["PING"]]),
+    MSGraph=Relay(relay_http, probe_api, api_url="https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN,
+        request=msgraph_request, replies=functools.partial(api_replies, 202, "request-id"),
+        ping=functools.partial(account_request, "/v1.0/users/{user}"),
+        account=lambda document: f"the token is good for {document['id']}"),
+    GmailAPI=Relay(relay_http, probe_api, api_url="https://gmail.googleapis.com", **BY_TOKEN,
+        request=gmailapi_request, replies=functools.partial(api_replies, 200, "id"),
+        ping=functools.partial(account_request, "/gmail/v1/users/me/profile"),
+        account=lambda document: f"the token is good for {document['emailAddress']}"),
+    File=Relay(functools.partial(relay_local, save_message), probe_local,
+        destination="File {route.folder}", into_folder=True),
+    Screen=Relay(functools.partial(relay_local, print_message), probe_local, destination="Screen"),
     Discard=Relay(relay_discard, probe_local, destination="Discard"),
-)
+)  # fmt: skip
 
 # ======================================================================================================================
 # 16. Queue
@@ -6598,7 +6168,6 @@ def log_reply(event: str, reply: Reply, status: str, delay: float | None, note: 
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
-CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 MAX_REPORTED_ERRORS = 10
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
@@ -6742,10 +6311,8 @@ def parse_and_check(request: Request, parse: Callable, body: Any) -> tuple:
     submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
-    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, request.settings)
-    recipients = unique_recipients(submission)
-    replies = {as_written: refused.get(as_written) for as_written in recipients}
-    accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
+    apply_checks(CHECKS["submission"], request, submission, request.settings)
+    replies, accepted = check_recipients(request, submission, request.settings)
     digest = document_digest(body) if "idempotency-key" in request.headers and body is request.body else None
     return submission, replies, accepted, digest
 
@@ -6760,7 +6327,6 @@ def compose_and_plan(request: Request, submission: Submission, queueid: str, acc
     """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, by MX one
     each domain; else each. Raise Rejected if a check fails, and for commands of cloud relays that a route forbids."""
     settings, sender = request.settings, parse_address(submission.mail) or NULL_SENDER
-    apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
     shown = apply_staging(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
     message = compose(shown, queueid, request.client, settings.hostname, now)
@@ -6768,13 +6334,14 @@ def compose_and_plan(request: Request, submission: Submission, queueid: str, acc
         message = message._replace(dsn=request.dsn)
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
-    apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
+    apply_checks(CHECKS["message"], request, submission, settings)
     groups, transactions, signed = {}, [], {}
     for i, mailbox in enumerate([parse_address(to) for to in settings.smtpd.redirect] or accepted):
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
         groups.setdefault(key, (route, []))[1].append(mailbox)
-    names = provider_header_names(submission)
+    given = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    names = [name for name in dict(given) if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name)]
     if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
@@ -7577,8 +7144,8 @@ def schema_of(value: Any) -> dict:
 
 
 ENDPOINTS = {
-    ("POST", "/submit"): Endpoint(submit, checks_at("head")),
-    **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
+    ("POST", "/submit"): Endpoint(submit, CHECKS["head"]),
+    **{("POST", path): Endpoint(answer_provider, CHECKS["head"]) for path in PROVIDER_ENDPOINTS},
     ("GET", "/"): Endpoint(lambda *_: json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(lambda _, app: json_response(redacted(app.settings)), (check_monitor,)),
@@ -8354,10 +7921,9 @@ def command_serve(options: Any) -> int:
 def prepare_server(options: Any) -> tuple:
     """Return a server's Settings and its listening sockets."""
     settings, errors, changes = usable_settings(options.config), [], {}
-    if options.listen:
-        changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
-    if options.workers is not None:
-        changes["workers"] = integer(0, 256)(options.workers, "--workers", errors)
+    for name, parse in (("listen", list_of(parse_listen_address)), ("workers", integer(0, 256))):
+        if getattr(options, name) is not None:
+            changes[name] = parse(getattr(options, name), f"--{name}", errors)
     if errors:
         raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
@@ -8377,7 +7943,7 @@ def prepare_server(options: Any) -> tuple:
             listeners.append(bind(address))
     except (OSError, UnicodeError) as error:
         raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
-    for text in risk_warnings(settings):
+    for text in risk_warnings(settings, [url_of(listener, False) for listener in listeners]):
         log.write_bytes(sanitize(f"haineko: warning: {text}", 500).encode() + b"\n")
     return settings, listeners
 
@@ -8398,6 +7964,7 @@ def command_start(options: Any) -> int:
     pid_file, log_file = daemon_files(options)
     if pid := running_daemon(pid_file)[0]:
         raise CommandError(f"runs already (pid {pid})", 1)
+    os.environ.pop("NOTIFY_SOCKET", None)  # systemd waits for the process that it has started
     settings, listeners = prepare_server(options)
     try:
         output = os.open(log_file, log.FILE_FLAGS, 0o600)
@@ -8406,13 +7973,13 @@ def command_start(options: Any) -> int:
         os.ftruncate(pid_fd, 0)
     except OSError as error:
         raise CommandError(f"can't start: {error}", 1) from None
-    sys.stderr.flush()
     if pid := os.fork():
-        while not (urls := running_daemon(pid_file)[2]):
+        while not (urls := os.pread(pid_fd, 4096, 0).decode().partition("\n")[2].strip()):
             if os.waitpid(pid, os.WNOHANG)[0]:
-                raise CommandError("did not start; see the log", 1)
+                raise CommandError(f"did not start; see {log_file}", 1)
             time.sleep(0.02)
-        return print_message(f"listens at {urls} (pid {pid}, log {log_file})", 0)
+        print(f"haineko {__version__} listens at {urls} (pid {pid}, log {log_file})", file=sys.stderr)
+        return 0
     os.setsid()
     os.chdir("/")
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
@@ -8465,7 +8032,7 @@ def command_status(options: Any) -> int:
     """Say whether the daemon runs, since when and where it listens."""
     pid_file, log_file = daemon_files(options)
     pid, since, urls = running_daemon(pid_file)
-    where = f" (pid {pid}) since {local_time(since)}, listens at {urls}, log {log_file}"
+    where = f" (pid {pid}) since {timestamp(since)}, listens at {urls}, log {log_file}"
     print(f"haineko runs{where}" if pid else "haineko does not run")
     return int(not pid)
 
@@ -8479,8 +8046,7 @@ def command_reload(options: Any) -> int:
 
 def signal_daemon(options: Any, number: int) -> int:
     """Send the daemon a signal; return its pid."""
-    pid = running_daemon(daemon_files(options)[0])[0]
-    if not pid:
+    if not (pid := running_daemon(daemon_files(options)[0])[0]):
         raise CommandError("does not run", 1)
     try:
         os.kill(pid, number)
@@ -8502,11 +8068,10 @@ def command_check(options: Any) -> int:
     names = [*sorted(f"@{domain}" for domain in to.domainpart), *sorted(to.recipients)]
     permitted = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)} only" if names else "nobody"
     permitted = "everybody" if to.open_relay else f"{permitted} (setting recipients)"
-    print(
-        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){printed}; "
-        f"may be written to: {permitted}{'' if os.geteuid() else '; warning: the server needs no root'}"
-    )
-    for text in dict.fromkeys([*risk_warnings(settings), *other_warnings(settings)]):
+    where = f"{staging}mail goes to {describe_route(route)} ({why}){printed}; may be written to: {permitted}"
+    root = "" if os.geteuid() else "; warning: the server needs no root"
+    print(f"{path or 'no settings file'}: fine; {where}{root}")
+    for text in dict.fromkeys([*risk_warnings(settings, settings.httpd.listen), *other_warnings(settings)]):
         print(sanitize(f"warning: {text}", 500), file=sys.stderr)
     return run(run_checks(settings, options))
 
@@ -8520,14 +8085,14 @@ async def run_checks(settings: Settings, options: Any) -> int:
         raise CommandError(f'"{selector}" is no selector', 2)
     domain, transport, checks = sender.domain if sender else "", TransportContext(settings.smtpd.resolver), []
     for name, route, only_domain in named_routes(settings) if options.connect else ():
-        probe = ConnectivityProbe(route, settings.hostname, only_domain or domain)
-        checks.append((name, run_probe(probe, transport)))
+        checks.append((name, run_probe(route, settings.hostname, only_domain or domain, transport)))
     if domain:
         checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
         for step, ok, text in await check:
             failed = failed or not ok
             print(sanitize(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", 2000), flush=True)
+    await transport.sweep(everything=True)
     return int(failed)
 
 
@@ -8542,19 +8107,19 @@ def named_routes(settings: Settings) -> Any:
         yield "no route", FALLBACK_ROUTE, ""
 
 
-async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
+async def run_probe(route: Route, hostname: str, domain: str, transport: TransportContext) -> list:
     """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
-    route, results = probe.route, []
+    results: list = []
     try:
         if route.oauth2:
             token = await transport.tokens.token_for(route)
             route = replace(route, credentials=(route.credentials[0], token.text))
             text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
             results.append(CheckResult("TOKEN", True, text))
-        return results + await route.row.probe(probe._replace(route=route), transport)
+        return results + await route.row.probe(route, hostname, domain, transport)
     except Rejected as rejected:
-        step = "TOKEN" if route.oauth2 and not results else rejected.reply.command
-        return [*results, failed_step(step, rejected.reply)]
+        step = "TOKEN" if route.oauth2 and not results else rejected.reply.command.replace("DATA", "AUTH")
+        return [*results, CheckResult(step, False, f"{rejected.reply.code} {': '.join(rejected.reply.message)}")]
     except OSError as error:
         return [*results, CheckResult("CONN", False, error_text(error))]
 
@@ -8591,25 +8156,19 @@ async def check_spf(domain: str, resolver: Resolver) -> str:
         found = [re.fullmatch(SPF_TERM, term) for term in terms]
         unknown = next((term for term, match in zip(terms, found) if not match), "")
         lookups += len([match for match in found if match and match["lookup"]])
-        raise_fault(
-            name,
+        for is_fault, words in (
             (not record, "no SPF record"),
             (name == domain and terms[:1] == ["-all"], "v=spf1 -all says that the domain sends no mail at all"),
             (unknown, f'"{sanitize(unknown, 80)}" is no term of SPF: the record does not count'),
             ({"all", "+all"}.intersection(terms), "+all lets everybody send in its name: receivers treat it as spam"),
             (lookups > 10, f"{domain} has more than 10 look-ups (RFC 7208 4.6.4): receivers refuse"),
-        )
+        ):
+            if is_fault:
+                raise ValueError(f"{name}: {words}")
         inner = [match["inner"] for match in found if match["inner"] and "%" not in match["inner"]]  # %: of a mail
         names += [included for included in inner if included not in names]
         shown = shown or sanitize(record)
     return f"{shown} ({lookups} of 10 look-ups)"
-
-
-def raise_fault(name: str, *faults: tuple) -> None:
-    """Raise ValueError with the first fault of (whether it is there, words)."""
-    for found, words in faults:
-        if found:
-            raise ValueError(f"{name}: {words}")
 
 
 async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> str:
@@ -8625,8 +8184,7 @@ async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys
     with contextlib.suppress(ValueError):
         key = base64.b64decode(public, validate=True)
     bits = rsa_bits(key)
-    raise_fault(
-        name,
+    for is_fault, words in (
         (not record, "no key: signatures can't be verified"),
         (tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags, "not a DKIM key"),
         (not public, "the key is revoked (p= is empty)"),
@@ -8634,7 +8192,9 @@ async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys
         (not key, "the key is no base64"),
         (is_ed25519 and len(key) != 32, "an ed25519 key has 32 octets"),
         (not is_ed25519 and bits < 1024, f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least"),
-    )
+    ):
+        if is_fault:
+            raise ValueError(f"{name}: {words}")
     under_test = "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
     return f"{name}: {'ed25519' if is_ed25519 else f'RSA, {bits} bits'}{under_test}"
 
@@ -8643,8 +8203,7 @@ async def check_dmarc(domain: str, resolver: Resolver) -> str:
     """Check the DMARC policy of the domain or of one above it (RFC 7489)."""
     for parent in lookup_keys(domain)[:-1] or [domain]:
         name = f"_dmarc.{parent.lstrip('.')}"
-        record = await txt_record(name, r"v=DMARC1\s*(?:;|$)", resolver)
-        if record:
+        if record := await txt_record(name, r"v=DMARC1\s*(?:;|$)", resolver):
             tags = parse_tags(record)
             policy = tags.get("p", "") if parent == domain else tags.get("sp", tags.get("p", ""))
             if policy.lower() not in ("none", "quarantine", "reject"):
@@ -8653,19 +8212,17 @@ async def check_dmarc(domain: str, resolver: Resolver) -> str:
     raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
 
 
-def risk_warnings(settings: Settings) -> Any:
-    """Yield warnings of what lets strangers use the server or learn a secret; the start tells them too."""
+def risk_warnings(settings: Settings, addresses: Any) -> Any:
+    """Yield warnings of what lets strangers use the server, which is to listen at the addresses, or learn a secret."""
     httpd, relayhosts = settings.httpd, settings.relayhosts
-    for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
-        if not re.fullmatch(rf"unix:.*|{LOCAL_HOST}:\d+", address):
+    for address in () if httpd.tls or httpd.trusted_proxies.texts else addresses:
+        if not re.fullmatch(rf"unix:.*|(?:http://)?{LOCAL_HOST}:\d+/?", address):
             yield f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
-    networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
-    from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
+    from_outside = relayhosts.open_relay or not all(net.is_loopback for net in relayhosts.relayhosts.networks)
     if settings.recipients.open_relay and from_outside and not settings.password.logins:
         yield "recipients.open-relay: other machines (relayhosts) may write to everybody without a login"
-    for text in httpd.trusted_proxies.texts:
-        if text.endswith("/0"):
-            yield f"httpd.trusted_proxies: {text} lets every client say that it has any address"
+    for text in [text for text in httpd.trusted_proxies.texts if text.endswith("/0")]:
+        yield f"httpd.trusted_proxies: {text} lets every client say that it has any address"
     for name, route, _ in named_routes(settings):
         if route.auth and not route.tls_verify:
             yield f"{name}.tls_verify: whoever is in between can read the secret of authinfo.{route.auth}"
@@ -8676,22 +8233,31 @@ def other_warnings(settings: Settings) -> Any:
     for name, route, _ in named_routes(settings):
         if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
             yield f"{name}.host: {route.host} is an example"
-        if route.relay == "ESMTP" and not (
-            route.starttls or route.port == SMTPS or re.fullmatch(LOCAL_HOST, route.host)
-        ):
+        is_safe = route.starttls or route.port == SMTPS or re.fullmatch(LOCAL_HOST, route.host)
+        if route.relay == "ESMTP" and not is_safe:
             yield f"{name}.starttls: mail goes to {route.host} without TLS"
         for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
             if not value and key in route.row.login and not (route.oauth2 and key == "password"):
                 yield f"authinfo.{route.auth}.{key}: is empty"
-    for user, login in sorted(settings.password.logins.items()):
-        if login.hash.startswith("{SSHA}"):
-            yield f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line"
-    files = [*(path for path, _ in settings.files), *([settings.queue.path] if settings.queue else [])]
+    for user in sorted(name for name, login in settings.password.logins.items() if login.hash.startswith("{SSHA}")):
+        yield f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line"
+    to, is_local = settings.recipients, resolve_route("", "", settings)[0].row.probe is probe_local
+    if not (to.open_relay or to.recipients or is_local) and to.domainpart == {settings.hostname.lower()}:
+        yield f"recipients: only addresses at {settings.hostname} may be written to"
+    files = [path for path, _ in settings.files]
+    if settings.queue:
+        files.append(settings.queue.path)
+        with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as stream:
+            disk = os.stat(os.path.dirname(settings.queue.path)).st_dev
+            mount = (
+                rf"(?m)^\d+ \d+ {os.major(disk)}:{os.minor(disk)} .* - (tmpfs|ramfs|nfs\d?|cifs|smb3|fuse\.sshfs|9p) "
+            )
+            if found := re.search(mount, stream.read()):
+                yield f"queue.path: {found[1]} is no file system of a disk of this machine"
     for path in [*files, *map(os.path.dirname, files)]:
         with contextlib.suppress(OSError):
             about = os.stat(path)
-            sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
-            if about.st_mode & 0o022 and not sticky:
+            if about.st_mode & 0o022 and not about.st_mode & stat.S_ISVTX:
                 yield f"{path} can be changed by other users; chmod go-w {path}"
             if os.geteuid() and about.st_uid not in (0, os.geteuid()):
                 yield f"{path} belongs to another user"
@@ -8707,10 +8273,9 @@ def print_route(address: str, sender_address: str, settings: Settings) -> int:
     to, sender = parse_address(address), parse_address(sender_address)
     if not to or (sender_address and not sender):
         raise CommandError(f'"{sender_address if to else address}" is no mail address', 2)
-    refusal = check_recipient(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
     print(f"{address}: {describe_route(route)} ({why})")
-    if refusal:
+    if refusal := check_recipient(to, settings):
         print(f"{address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return int(bool(refusal))
 
@@ -8718,8 +8283,7 @@ def print_route(address: str, sender_address: str, settings: Settings) -> int:
 def command_dkim(options: Any) -> int:
     """Print the TXT record of a domain's key as a line of a zone file, in strings of at most 255 octets."""
     keys = usable_settings(options.config).dkim
-    key = keys.get(domain_key(options.domain))
-    if not key:
+    if not (key := keys.get(domain_key(options.domain))):
         raise CommandError(f'"{options.domain}" is not in dkim{did_you_mean(options.domain, keys)}', 1)
     strings = '" "'.join(re.findall(".{1,255}", dkim_record(key)))
     print(f'{key.selector}._domainkey.{key.domain}. IN TXT "{strings}"')
@@ -8728,39 +8292,30 @@ def command_dkim(options: Any) -> int:
 
 def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
-    body, credentials = submission_from_options(options), ()
-    if options.user:
-        remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
-        if remote and not options.insecure:
-            raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
-        credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
-    document = post_submission(options.url, body, credentials)[1]
-    text = json.dumps(document, ensure_ascii=False, indent=2)  # without what a terminal would obey or can't show
-    print(re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
-    return int(not document["response"] or any(item["error"] for item in document["response"]))
-
-
-def submission_from_options(options: Any) -> bytes:
-    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
     header = {key: getattr(options, key) for key in ("from", "reply_to", "subject", "charset")}
     flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
     if any(flags) and (options.file or not options.to):
         raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
-    if not options.to:
-        return read_bytes(options.file or "-")
     from_stdin = options.body is None and not options.html
-    document = {
+    attached = [(path, base64.b64encode(read_bytes(path)).decode()) for path in options.attach]
+    mail = options.to and {
         "mail": options.sender or envelope_sender(None, local_hostname()),
         "rcpt": options.to,
         "header": header,
         "body": read_bytes("-").decode("utf-8", "replace") if from_stdin else options.body,
         "html": read_bytes(options.html).decode("utf-8", "replace") if options.html else None,
-        "attachments": [
-            {"filename": os.path.basename(path), "content": base64.b64encode(read_bytes(path)).decode()}
-            for path in options.attach
-        ],
+        "attachments": [{"filename": os.path.basename(path), "content": octets} for path, octets in attached],
     }
-    return encode_json(document)
+    body, credentials = encode_json(mail) if mail else read_bytes(options.file or "-"), ()
+    if options.user:
+        remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
+        if remote and not options.insecure:
+            raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
+        credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
+    answer = post_submission(options.url, body, credentials)[1]
+    text = json.dumps(answer, ensure_ascii=False, indent=2)  # without what a terminal would obey or can't show
+    print(re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
+    return int(not answer["response"] or any(item["error"] for item in answer["response"]))
 
 
 def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
@@ -8774,7 +8329,7 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.connect(url[5:])
         with contextlib.closing(connection):
-            response = connection.exchange(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials)))
+            response = run(connection.fetch(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials))))
     except (Rejected, OSError) as error:
         reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error.strerror
         raise CommandError(f"{url}: {reason}", 1) from None
@@ -8807,8 +8362,7 @@ def ask_password(prompt: str) -> str:
 
 def command_queue(options: Any) -> int:
     """List the mail that waits; show one, try it now, or drop it."""
-    settings = usable_settings(options.config).queue  # the file itself is used, with the server running or not
-    if not settings:
+    if not (settings := usable_settings(options.config).queue):
         raise CommandError('the settings have no "queue"', 2)
     action, queueid = options.action, options.id
     wanted = action in ("show", "drop") or (action == "retry" and not options.all)
@@ -8816,7 +8370,7 @@ def command_queue(options: Any) -> int:
         raise CommandError(f"queue {action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
     if not os.path.exists(settings.path):
         raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
-    store = QueueDB(settings)
+    store = QueueDB(settings)  # the file itself is used, with the server running or not
     if action == "list":
         return queue_list(store, options.json)
     if action == "show":
@@ -8838,51 +8392,43 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
 
 
 def queue_list(store: QueueDB, as_json: bool = False) -> int:
+    """Print every recipient in the queue as a line of a table, or of a JSON array."""
     count = last = 0
-    heading = f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':25}  {'NEXT ATTEMPT':30}  SENDER -> RECIPIENT  LAST REPLY"
+    heading = f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':24}  {'NEXT ATTEMPT':29}  SENDER -> RECIPIENT  LAST REPLY"
     print("[" if as_json else heading)
     while rows := run_operation(store, open_recipients_after, last, 500):  # in parts: the server works on meanwhile
         for row in rows:
-            print(("," if count and as_json else "") + queue_row(row, as_json))
+            due, created_at, attempts = row["due"], row["created_at"], parse_history(row["history"])
+            _, reply = attempts[-1] if attempts else (0, None)
+            if as_json:
+                values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
+                values.update(arrived=time_to_dict(created_at), next=time_to_dict(due), attempts=len(attempts))
+                values["response"] = reply and reply_to_dict(row["recipient"], reply)
+                print("," * bool(count) + json.dumps(values, ensure_ascii=False))
+            else:
+                when = row["state"] if due is None else timestamp(max(due, created_at))
+                head = f"{row['queueid']}  {row['size']:>9}  {timestamp(created_at)}  next {when:24}"
+                words = sanitize(" ".join((reply.code, *reply.message)), 500) if reply else ""
+                print(f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}")
             count += 1
         last = rows[-1]["id"]
     print("]" if as_json else f"{count} recipient{'s' * (count != 1)}")
     return 0
 
 
-def queue_row(row: Any, as_json: bool) -> str:
-    """Return a recipient in the queue as a line of a table, or as JSON."""
-    due, created_at, attempts = row["due"], row["created_at"], parse_history(row["history"])
-    _, reply = attempts[-1] if attempts else (0, None)
-    if as_json:
-        values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
-        values.update({"arrived": time_to_dict(created_at), "next": time_to_dict(due), "attempts": len(attempts)})
-        values["response"] = reply and reply_to_dict(row["recipient"], reply)
-        return json.dumps(values, ensure_ascii=False)
-    when = row["state"] if due is None else local_time(max(due, created_at))
-    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500) if reply else ""
-    head = f"{row['queueid']}  {row['size']:>9}  {local_time(created_at)}  next {when:25}"
-    return f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}"
-
-
-def local_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
-
-
 def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
-    found = run_operation(store, message_status, queueid)
-    if not found:
+    if not (found := run_operation(store, message_status, queueid)):
         raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
     if as_json:
         print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
         return 0
-    print(f"{queueid}  {found['size']} octets  arrived {local_time(found['created_at'])}\nfrom <{found['sender']}>")
+    print(f"{queueid}  {found['size']} octets  arrived {timestamp(found['created_at'])}\nfrom <{found['sender']}>")
     for row in found["recipients"]:
-        when = "" if row["due"] is None else f", next attempt {local_time(max(row['due'], found['created_at']))}"
+        when = "" if row["due"] is None else f", next attempt {timestamp(max(row['due'], found['created_at']))}"
         print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
         for moment, reply in parse_history(row["history"]):
-            words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
-            print(f"   {local_time(moment)}  {reply.relay}: {words}")
+            words = sanitize(" ".join((reply.code, *reply.message)), 500)
+            print(f"   {timestamp(moment)}  {reply.relay}: {words}")
     return 0
 
 
@@ -8903,9 +8449,8 @@ def command_pw(options: Any) -> int:
 def command_key(options: Any) -> int:
     """Make an API key: print it, and its line for the section `password`."""
     key, errors = new_key(options.prefix), []
-    fences = {"senders": options.sender, "recipients": options.recipient, "rate": options.rate}
-    fences = {name: value for name, value in {**fences, "expires": options.expires}.items() if value}
-    login = {"hash": key_hash(key), **fences}
+    fences = {name: getattr(options, name) for name in ("senders", "recipients", "rate", "expires")}
+    login = {"hash": key_hash(key), **{name: value for name, value in fences.items() if value}}
     mapping_of(parse_login)({options.name: login}, "password", errors)
     matching(re.compile("[A-Za-z0-9_-]{1,20}"), "letters, digits, - and _")(options.prefix, "--prefix", errors)
     if errors:
@@ -8927,7 +8472,7 @@ def command_setup(options: Any) -> int:
     """Write haineko.json, units for systemd and with --sendmail a program, never over an existing file."""
     program, folder, settings, code = os.path.realpath(__file__), os.path.abspath(options.dest), example_settings(), 0
     values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
-    values["hardening"] = "\n".join(f"{name}=yes" for name in HARDENING.split())
+    values["hardening"] = "\n".join(line if "=" in line else f"{line}=yes" for line in HARDENING.split())
     if f"{folder}/".startswith("/etc/"):  # which the server must not write to
         settings["queue"]["path"] = "/var/lib/haineko/haineko.db"
         values["writable"] = "# the queue is there: /var/lib/haineko\nStateDirectory=haineko\nStateDirectoryMode=0700"
@@ -8972,22 +8517,17 @@ UMask=0077
 # for ports below 1024 this, and no PrivateUsers: AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=
 {hardening}
-ProtectSystem=strict
-ProtectHome=read-only
-ProtectProc=invisible
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
 
 [Install]
 WantedBy=multi-user.target
 """
-HARDENING = (  # what is "yes" in the unit, see systemd.exec(5)
+HARDENING = (  # lines of the unit, "=yes" where they have no value; see systemd.exec(5)
     "PrivateUsers PrivateTmp PrivateDevices ProtectClock ProtectHostname ProtectKernelLogs ProtectKernelModules"
     " ProtectKernelTunables ProtectControlGroups RestrictNamespaces RestrictRealtime RestrictSUIDSGID LockPersonality"
-    " MemoryDenyWriteExecute NoNewPrivileges RemoveIPC"
+    " MemoryDenyWriteExecute NoNewPrivileges RemoveIPC ProtectSystem=strict ProtectHome=read-only"
+    " ProtectProc=invisible SystemCallArchitectures=native SystemCallFilter=@system-service SystemCallErrorNumber=EPERM"
 )
 SYSTEMD_SOCKET = """\
 # optional: systemd listens, in place of httpd.listen, and no connection is refused during a restart
@@ -9011,11 +8551,19 @@ def command_sendmail(argv: list) -> int:
         pairs, addresses = getopt.gnu_getopt(argv, "A:B:C:F:GIL:N:O:R:UV:X:ab:ce:f:h:imno:p:q:r:tvx")
         flags = {**dict(pairs), "-o": [value for flag, value in pairs if flag == "-o"]}
         sends = "-q" not in flags or "-t" in flags or addresses
-        mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
+        mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "flush")
         if mode == "m":
             return sendmail_deliver(flags, addresses)
-        if mode in ("p", "q"):
-            return sendmail_queue(flags)
+        if mode in ("p", "flush"):
+            queue = usable_settings(flags.get("-C")).queue
+            if queue and os.path.exists(queue.path) and mode == "p":
+                return queue_list(QueueDB(queue))
+            if mode == "p":
+                print("Mail queue is empty")
+            elif queue and os.path.exists(queue.path):  # -q: all is due, or with -qIQUEUEID one mail
+                which = flags.get("-q", "").strip()
+                run_operation(QueueDB(queue), flush_queue, which[1:] if which[:1] == "I" else None)
+            return os.EX_OK
         if mode == "v":
             settings, _ = sendmail_settings(flags)
             refused = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
@@ -9045,8 +8593,7 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     for name, octets in message.fields:
         listed = re.fullmatch(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name)
         fields.append((name, qualified(octets.decode("latin-1"), hostname).encode("latin-1") if listed else octets))
-    rcpt = named_recipients(addresses, recipient_fields(fields) if "-t" in flags else [], settings)
-    if not rcpt:
+    if not (rcpt := named_recipients(addresses, fields if "-t" in flags else [], settings)):
         raise CommandError("usage: no recipient", os.EX_USAGE)
     if "from" not in dict(fields):
         author = parse_address(sender or f"MAILER-DAEMON@{hostname}")
@@ -9057,8 +8604,7 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     if urls:
         document["mail"] = sender or envelope_sender(None, hostname)  # the API takes no null sender
         return report_failures(*post_in_parts(urls, document))
-    response = run(submit_here(encode_json(document), settings, dsn_options(flags)))
-    return report_failures(response.status, json.loads(response.body)["response"])
+    return report_failures(*run(submit_here(encode_json(document), settings, flags)))
 
 
 def sendmail_settings(flags: dict) -> tuple:
@@ -9076,11 +8622,8 @@ def sendmail_settings(flags: dict) -> tuple:
     if url:
         return settings, (url,)
     urls = running_daemon(os.path.join(os.path.dirname(path), "haineko.pid"))[2].split()
-    for address in settings.httpd.listen:
-        host, _, port = address.rpartition(":")
-        host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-        url = f"{'https' if settings.httpd.tls else 'http'}://{host}:{port}/"
-        urls.append(address if address.startswith("unix:") else url)
+    scheme = "https" if settings.httpd.tls else "http"
+    urls += [text if text.startswith("unix:") else f"{scheme}://{text}/" for text in settings.httpd.listen]
     return settings, urls
 
 
@@ -9101,19 +8644,26 @@ def post_in_parts(urls: list, document: dict) -> tuple:
     raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
 
 
-async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
-    """Submit a mail without a server, as POST /submit does; the log goes to syslog or nowhere."""
+async def submit_here(body: bytes, settings: Settings, flags: dict) -> tuple:
+    """Submit a mail as POST /submit does; -R, -V and -N are for the next server (RFC 3461). Return (status, items)."""
+    ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
+    if ret not in ("HDRS", "FULL"):
+        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", os.EX_USAGE)
+    if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
+        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", os.EX_USAGE)
+    envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
+    dsn = f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
     owner = os.stat(settings.path)
     if not os.geteuid() and owner.st_uid:  # the server could not use a queue that belongs to root
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
-    smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
+    smtpd, client = replace(settings.smtpd, max_rcpts_per_message=0), parse_ip("127.0.0.1")
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
     log.quiet = log.facility is None  # stderr is read by the calling program, which may mail it
-    client = parse_ip("127.0.0.1")
     request = Request("POST", "/submit", {}, body, client, None, None, time.time(), login=f"uid{os.getuid()}", dsn=dsn)
     try:
-        return await submit(request, app)
+        response = await submit(request, app)
+        return response.status, json.loads(response.body)["response"]
     finally:
         await app.transport.sweep(everything=True)
 
@@ -9134,8 +8684,7 @@ def report_failures(status: int, items: list) -> int:
             codes.add(by_status.get(status, os.EX_TEMPFAIL))
     if os.EX_TEMPFAIL in codes and not all(item["error"] for item in items):
         return os.EX_UNAVAILABLE  # "try again" would send it twice to the others
-    order = (os.EX_TEMPFAIL, os.EX_UNAVAILABLE, os.EX_NOPERM, os.EX_DATAERR)
-    return next((code for code in order if code in codes), os.EX_OK)
+    return min(codes, key=(os.EX_TEMPFAIL, os.EX_UNAVAILABLE, os.EX_NOPERM, os.EX_DATAERR).index, default=os.EX_OK)
 
 
 def envelope_sender(given: str | None, hostname: str) -> str:
@@ -9147,8 +8696,7 @@ def envelope_sender(given: str | None, hostname: str) -> str:
         if len(found) != 1 or not parse_address(found[0]):
             raise CommandError(f'usage: "{given}" is no mail address', os.EX_USAGE)
         return found[0]
-    name = user_name()
-    if parse_address(name):
+    if parse_address(name := user_name()):
         return name
     name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])  # whatever $LOGNAME is
     name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
@@ -9156,10 +8704,16 @@ def envelope_sender(given: str | None, hostname: str) -> str:
 
 
 def named_recipients(addresses: list, fields: list, settings: Settings) -> list:
-    """Return the recipients in words of a command line and in header fields, each name in smtpd.aliases expanded."""
+    """Return the recipients in words and in header fields (the last Resent- ones, if there are), aliases expanded."""
     named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
-    here, found = f"@{settings.hostname.lower()}", []
-    for address in [*named, *header_recipients(fields)]:
+    here, again, found = f"@{settings.hostname.lower()}", {}, []
+    for name, octets in fields:
+        if name in again:  # of an earlier sending
+            break
+        if name.startswith("resent-"):
+            again[name] = octets
+    resent = header_recipients([(name[7:], octets) for name, octets in again.items()])
+    for address in [*named, *(resent or header_recipients(fields))]:
         name = address[: -len(here)] if address.lower().endswith(here) else ""
         found += settings.smtpd.aliases.get(name.lower(), (address,))
     return found
@@ -9170,18 +8724,6 @@ def split_addresses(text: str, hostname: str) -> list:
     if re.search(r'[<"(:]', text):
         return header_recipients([("to", b"To: " + qualified(text, hostname).encode("utf-8", "replace"))])
     return [qualified(word, hostname) for word in re.split(r"[\s,;]+", text) if word]
-
-
-def recipient_fields(fields: list) -> list:
-    """Return To, Cc and Bcc, or of a message that is sent again the Resent- ones of its last sending, all as "to"."""
-    again: dict = {}
-    for name, octets in fields:
-        if name in again:  # of an earlier sending
-            break
-        if name.startswith("resent-"):
-            again[name] = octets
-    resent = [("to", octets) for name, octets in again.items() if name in ("resent-to", "resent-cc", "resent-bcc")]
-    return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
 
 
 def qualified(text: str, hostname: str) -> str:
@@ -9197,31 +8739,6 @@ def qualified(text: str, hostname: str) -> str:
         if re.fullmatch("[A-Za-z0-9._+-]+", name) and (alone or tokens[i][0] == "angle"):
             texts[i] = word.replace(name, f"{name}@{hostname}")
     return "".join(texts)
-
-
-def dsn_options(flags: dict) -> tuple:
-    """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
-    ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
-    if ret not in ("HDRS", "FULL"):
-        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", os.EX_USAGE)
-    if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
-        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", os.EX_USAGE)
-    envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
-    return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
-
-
-def sendmail_queue(flags: dict) -> int:
-    """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
-    settings = usable_settings(flags.get("-C")).queue
-    store = QueueDB(settings) if settings and os.path.exists(settings.path) else None
-    if "-b" in flags and store:
-        return queue_list(store)
-    if "-b" in flags:
-        print("Mail queue is empty")
-    elif store:
-        which = flags["-q"].strip()
-        run_operation(store, flush_queue, which[1:] if which[:1] == "I" else None)
-    return os.EX_OK
 
 
 # Word in COMMANDS: (names, what else ArgumentParser.add_argument() takes). A word that is not here is the name itself.
@@ -9246,8 +8763,8 @@ ARGUMENTS = {
     "id": ("id", {"metavar": "QUEUEID", "nargs": "?"}),
     "all": ("--all", {"action": "store_true", "help": "retry: all that waits, as flush does"}),
     "json": ("--json", {"action": "store_true", "help": "list, show: as JSON"}),
-    "senders": ("--sender", {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
-    "recipients": ("--recipient", {"action": "append", "metavar": "D", "help": "the same of recipients"}),
+    "senders": ("--sender", {"dest": "senders", "action": "append", "metavar": "D", "help": "address or domain"}),
+    "recipients": ("--recipient", {"dest": "recipients", "action": "append", "metavar": "D", "help": "the same"}),
     "rate": ("--rate", {"metavar": "R", "help": "recipients/seconds"}),
     "expires": ("--expires", {"metavar": "T", "help": "ISO 8601 date or time"}),
     "prefix": ("--prefix", {"metavar": "P", "default": "hk_"}),

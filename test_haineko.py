@@ -2879,7 +2879,7 @@ class MetricsTable(unittest.TestCase):
         self.assertNotIn("\nfood_bytes ", metrics.text({("food_bytes",): None}))
 
 
-class Submissions(unittest.TestCase):
+class Submissions(Quiet):
     def understood(self, submission) -> haineko.Submission:
         found, faults, _ = haineko.parse_submission(as_body(submission))
         self.assertEqual(faults, [])
@@ -3012,7 +3012,8 @@ class Submissions(unittest.TestCase):
         for text, local, domain in cases:
             with self.subTest(text):
                 found = haineko.parse_address(text)
-                self.assertEqual((found.as_written, found.local, found.domain), (text, local, domain))
+                self.assertEqual((found.as_written, found.domain), (text, domain))
+                self.assertEqual(found.addr_spec, f"{local}@{domain}")
 
     def test_what_is_no_json(self):
         for body, words in (
@@ -3084,13 +3085,12 @@ class Submissions(unittest.TestCase):
 
     def test_header_fields_that_relays_take_for_commands(self):
         names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
-        found = understood(document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"}))
-        self.assertEqual(
-            [name.lower() for name in haineko.provider_header_names(found)], [name.lower() for name in names]
-        )
+        given = document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"})
         raw = "".join(f"{name} : a\n" for name in names) + "X-MCX: c\n\nx"
-        found = understood({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw})
-        self.assertEqual(list(haineko.provider_header_names(found)), [name.lower() for name in names])
+        for form in (given, {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw}):
+            _, *lines = posted(form)[1]["response"][0]["message"]
+            wanted = [f"{name.lower()}: the route must have provider_headers to send it" for name in names]
+            self.assertEqual([line.lower() for line in lines], wanted)
 
     def test_what_is_no_address(self):
         for text in (
@@ -3698,7 +3698,7 @@ class RawMessages(Quiet):
             ),
             ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
             ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
-            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 1001, "parameters of a field exceed the limit of 1000"),
+            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 10001, None),
         ):
             with self.subTest(what):
                 form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
@@ -4100,9 +4100,9 @@ class Policy(Quiet):
 def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> haineko.Reply | None:
     """The Reply by which a check of a submission refuses it, or one of its recipients."""
     try:
-        return next(
-            iter(haineko.apply_checks(haineko.CHECKS_OF_SUBMISSION, request_, submission, settings()).values()), None
-        )
+        haineko.apply_checks(haineko.CHECKS["submission"], request_, submission, settings())
+        replies, _ = haineko.check_recipients(request_, submission, settings())
+        return next(filter(None, replies.values()), None)
     except haineko.Rejected as error:
         return error.reply
 
@@ -5756,11 +5756,10 @@ class WebSessions(unittest.TestCase):
         ):
             for pause, count in ((0.05, 1), (0.0, 4096)):
                 with self.subTest(what, pause=pause), Endless(first, more * count, pause) as peer:
-                    target = haineko.HTTPTarget(peer.url, 0.6, "Webhook")
-                    began, connection = time.monotonic(), haineko.KeepAliveConnection(target)
-                    self.addCleanup(connection.close)
+                    target, pool = haineko.HTTPTarget(peer.url, 0.6, "Webhook"), haineko.HTTPConnectionPool()
+                    began = time.monotonic()
                     try:
-                        response = connection.exchange(haineko.HTTPRequest("POST", "/", b"{}"))
+                        response = haineko.run(pool.request(target, haineko.HTTPRequest("POST", "/", b"{}")))
                         self.assertEqual((response.status, response.body), (status, b""))
                     except haineko.Rejected as refused:
                         self.assertEqual((refused.reply.code, refused.reply.maybe_delivered, status), ("451", True, 0))
@@ -6197,6 +6196,11 @@ class TokenPeers(Folder, Peers):
         self.addCleanup(peer.__exit__)
         return peer
 
+    def cache(self, *clock) -> haineko.TokenCache:
+        pool = haineko.HTTPConnectionPool()
+        self.addCleanup(pool.sweep, everything=True)
+        return haineko.TokenCache(pool, *clock)
+
     def asked(self, peer: HttpPeer) -> list:
         return [dict(urllib.parse.parse_qsl(item.body.decode())) for item in peer.asked]
 
@@ -6207,14 +6211,14 @@ class AccessTokens(TokenPeers):
     def test_one_fetch_for_all_who_wait(self):
         provider = self.provider()
         route = self.route(provider)
-        tokens, found = haineko.TokenCache(), []
+        tokens, found = self.cache(), []
 
         async def one() -> None:
             found.append((await tokens.authorize(route)).credentials)
 
         haineko.run(together(*[one() for _ in range(20)]))
         self.assertEqual(found, [("neko", "ya29.token")] * 20)
-        tokens, provider.answer, hops = haineko.TokenCache(), lambda _: (400, {}), []
+        tokens, provider.answer, hops = self.cache(), lambda _: (400, {}), []
 
         async def refused(host: str) -> None:
             try:
@@ -6245,7 +6249,10 @@ class AccessTokens(TokenPeers):
         ):
             with self.subTest(lifetime):
                 provider, clock = self.provider((200, {"access_token": "ya29.token", **lifetime}, date)), [0.0]
-                route, tokens = self.route(provider), haineko.TokenCache(lambda clock=clock: clock[0])
+                route, tokens = (
+                    self.route(provider),
+                    self.cache(lambda clock=clock: clock[0]),
+                )
 
                 async def at(now: float, tokens=tokens, route=route, clock=clock) -> None:
                     clock[0] = now
@@ -6258,7 +6265,7 @@ class AccessTokens(TokenPeers):
     def test_one_that_still_holds_is_used_while_the_provider_fails(self):
         provider = self.provider((200, {"access_token": "a", "expires_in": 3600}), (503, b"later"))
         route, clock = self.route(provider), [0.0]
-        tokens = haineko.TokenCache(lambda: clock[0])
+        tokens = self.cache(lambda: clock[0])
         for now, wanted in ((0.0, "a"), (3599.0, "a"), (3601.0, None)):
             clock[0] = now
             try:
@@ -6343,7 +6350,10 @@ class AccessTokens(TokenPeers):
                 provider = self.provider(
                     (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
                 )
-                route, tokens = self.route(provider, refresh_token=source), haineko.TokenCache()
+                route, tokens = (
+                    self.route(provider, refresh_token=source),
+                    self.cache(),
+                )
                 for _ in range(4):
                     with contextlib.suppress(haineko.Rejected):
                         haineko.run(tokens.token_for(route))
@@ -6366,7 +6376,7 @@ class AccessTokens(TokenPeers):
         self.write("account.json", account)
         provider = self.provider()
         route = self.route(provider, service_account="account.json", client_id="", client_secret="", scope="")
-        self.assertEqual(haineko.run(haineko.TokenCache().token_for(route)).text, "ya29.token")
+        self.assertEqual(haineko.run(self.cache().token_for(route)).text, "ya29.token")
         (form,) = self.asked(provider)
         self.assertEqual(form["grant_type"], "urn:ietf:params:oauth:grant-type:jwt-bearer")
         head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in form["assertion"].split("."))
@@ -6518,8 +6528,8 @@ class TokenLogins(TokenPeers):
             ),
         ):
             with self.subTest(ok):
-                probe = haineko.ConnectivityProbe(self.route(self.provider(said)), NAME)
-                found = haineko.run(haineko.run_probe(probe, haineko.TransportContext()))
+                route, sessions = self.route(self.provider(said)), haineko.TransportContext()
+                found = haineko.run(and_closed(haineko.run_probe(route, NAME, "", sessions), sessions))
                 steps = ["TOKEN", "DNS", "TCP", "EHLO", "TLS", "AUTH"] if ok else ["TOKEN"]
                 self.assertEqual([item.step for item in found], steps)
                 token = next(item for item in found if item.step == "TOKEN")
@@ -7161,7 +7171,7 @@ class SmtpSessions(Peers):
                 futures.append(pool.wait(float("inf"), self.WORDS))
             pool.sweep(0.0)
             self.assertEqual(self.results(futures), [])
-            pool.full_until = 0.0
+            pool.ask_again = 0.0
             pool.sweep(0.0)
             self.assertEqual((self.results(futures), pool.opening), ([None], 1))
             pool.opened()
@@ -7233,11 +7243,11 @@ class SmtpSessions(Peers):
         class Short(haineko.TransportContext):
             IDLE, IDLE_WHEN_FULL = 9, 9
 
-        async def idle_for_a_while(limit: str, most: int) -> None:
+        async def idle_for_a_while(limit: str, refusal: haineko.Reply | None) -> None:
             sessions = Short()
             await haineko.attempt_transaction(job(peer), sessions)
             for pool in sessions.pools.values():
-                pool.open_limit = most
+                pool.refusal = refusal
             await sessions.sweep()
             self.assertEqual(len(peer.connections[0].lines), 4)
             setattr(sessions, limit, 0.05)
@@ -7245,10 +7255,10 @@ class SmtpSessions(Peers):
             await sessions.sweep()
             self.assertEqual(sessions.pools, {})
 
-        for limit, most in (("IDLE", haineko.SessionPool.OPENING), ("IDLE_WHEN_FULL", 1)):
+        for limit, refusal in (("IDLE", None), ("IDLE_WHEN_FULL", self.WORDS)):
             with self.subTest(limit):
                 peer = self.peer()
-                haineko.run(idle_for_a_while(limit, most))
+                haineko.run(idle_for_a_while(limit, refusal))
                 eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
 
     def test_a_session_that_reached_a_limit_is_replaced_once(self) -> None:
@@ -7347,7 +7357,6 @@ class SmtpSessions(Peers):
     def test_login_is_asked_in_many_ways(self) -> None:
         for turns in (
             (b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),  # Username: Password:
-            (b" VXNlcm5hbWU6", b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),
             (b" VXNlciBOYW1lAA==", b" UGFzc3dvcmQA"),
             (b" VXNlciBOYW1lAA", b" UGFzc3dvcmQA"),  # without padding
             (b" Username:", b" Password:"),
@@ -8239,7 +8248,7 @@ class RelayMxByPolicy(MxPeers):
     def sessions(self) -> haineko.TransportContext:
         found = haineko.TransportContext((self.dns.place,))
         found.resolver = haineko.Resolver((self.dns.place,), clock=lambda: self.clock[0])
-        found.mta_sts = haineko.MTASTSCache(found.resolver, self.web.port, lambda: self.clock[0])
+        found.mta_sts = haineko.MTASTSCache(found.resolver, found.http, self.web.port, lambda: self.clock[0])
         return found
 
     def deliver(self, sessions: haineko.TransportContext | None = None, ca: bool = True) -> tuple:
@@ -8602,7 +8611,7 @@ class WebRelays(Quiet):
             ("AmazonSES", "MessageId: 010001864-aaaa-000000"),
             ("Mandrill", "_id: abcm"),
             ("Haineko", "2.0.0 Ok: queued as 4F"),
-            ("MSGraph", "id: 5d9f-graph"),
+            ("MSGraph", "request-id: 5d9f-graph"),
             ("GmailAPI", "id: 18c2f0"),
         ):
             with self.subTest(mailer), HttpPeer(PEERS[mailer]) as peer:
@@ -8659,6 +8668,20 @@ class WebRelays(Quiet):
                             (said.code, said.maybe_delivered, said.retry_after), (code, unsure, wait), said
                         )
                         self.assertEqual(len(peer.asked), 2)
+
+    def test_an_error_in_the_form_of_another_api_may_be_of_a_proxy(self):
+        forms = {
+            "SendGrid": {"errors": [{"message": "no"}]},
+            "AmazonSES": {"__type": "MessageRejected", "message": "no"},
+            "Mandrill": {"status": "error", "name": "x", "message": "no"},
+            "MSGraph": {"error": {"code": "x", "message": "no"}},
+            "GmailAPI": {"error": {"code": "x", "message": "no"}},
+        }
+        for mailer in PEERS:
+            for said in [*forms.values(), {"message": "no"}, {"errors": "no", "error": "no", "status": "error"}]:
+                with self.subTest(mailer, said=said), HttpPeer(lambda asked, said=said: (403, said)) as peer:
+                    reply = first_reply(composed_job(web_route(mailer, peer.url)))
+                    self.assertEqual(reply.code, "550" if forms.get(mailer) == said else "451")
 
     def test_final_and_temporary_words_of_the_clouds(self):
         cases = (
@@ -9498,6 +9521,14 @@ class SendGridBody(unittest.TestCase):
                 "",
             ),
             ("an empty text", text + "\n", one, ""),
+            (
+                "a text file in a charset that can't be told",
+                text
+                + "Content-Type: multipart/mixed; boundary=m\n\n--m\n\na\n--m\n"
+                + "Content-Type: text/csv; charset=Shift_JIS; name=a.csv\n\nb\n--m--\n",
+                one,
+                "charset shift_jis",
+            ),
         )
         for what, written, to, words in cases:
             with self.subTest(what), HttpPeer(as_sendgrid) as peer:
@@ -9590,9 +9621,8 @@ class WebProbes(unittest.TestCase):
     """Their probes."""
 
     def findings(self, route: haineko.Route) -> list:
-        probe = haineko.ConnectivityProbe(route, "here.example")
         sessions = haineko.TransportContext()
-        return haineko.run(and_closed(haineko.run_probe(probe, sessions), sessions))
+        return haineko.run(and_closed(haineko.run_probe(route, "here.example", "", sessions), sessions))
 
     def test_good_credentials(self):
         for mailer, words in (
@@ -9600,13 +9630,13 @@ class WebProbes(unittest.TestCase):
             ("SendGrid", "the API key may send"),
             ("AmazonSES", "to verified recipients only"),
             ("Mandrill", "the key is good"),
-            ("MSGraph", "the token is good; it may not read the account"),
+            ("MSGraph", "Insufficient privileges: the login is good; whether it may send is not known"),
             ("GmailAPI", "the token is good"),
         ):
             with self.subTest(mailer), HttpPeer(PEERS[mailer]) as peer:
                 findings = self.findings(web_route(mailer, peer.url))
                 token = ["TOKEN"] if mailer in ("MSGraph", "GmailAPI") else []
-                self.assertEqual([item.step for item in findings], [*token, "DNS", "TCP", "TLS", "AUTH"])
+                self.assertEqual([item.step for item in findings], [*token, "AUTH"])
                 self.assertTrue(all(item.ok and item.text.isprintable() for item in findings), findings)
                 self.assertIn(words, findings[-1].text)
                 self.assertFalse(any(b"rcpt" in asked.body or b"raw" in asked.body for asked in peer.asked))
@@ -9639,7 +9669,7 @@ class WebProbes(unittest.TestCase):
             with self.subTest(mailer):
                 findings = self.findings(web_route(mailer, url))
                 findings = [(item.step, item.ok) for item in findings if item.step != "TOKEN"]
-                self.assertEqual(findings, [("DNS", True), ("TCP", False)])
+                self.assertEqual(findings, [("CONN", False)])
 
 
 # ======================================================================================================================
@@ -12928,13 +12958,14 @@ class UnderSystemd(Peers):
 
     def test_sockets_of_systemd(self) -> None:
         setup = (
-            f"import socket; a = socket.create_server(('127.0.0.1', 0)); b = socket.socket(socket.AF_UNIX)\n"
+            f"import socket; a = socket.create_server(('0.0.0.0', 0)); b = socket.socket(socket.AF_UNIX)\n"
             f"b.bind({self.path + '.http'!r}); b.listen(); c, d = a.detach(), os.dup(b.detach())\n"
             "os.dup2(d, 99); os.dup2(c, 3); os.dup2(99, 4)\n"
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2')"
         )
         server = self.server(setup)
         self.assertEqual(len(server.urls), 2)
+        self.assertIn(f"warning: httpd.listen: {server.urls[0]} takes mail from other machines", server.log())
         for i in (0, 1):
             self.assertEqual(server.ask(post(document(rcpt=["a@example.jp"])), i=i)[0], 200)
         server.stop()
@@ -13077,12 +13108,19 @@ class Commands(Folder, Peers):
 
         for command in ("status", "stop", "reload"):
             self.assertEqual(self.called(command, *options)[0], 1, command)
-        code, out, err = self.haineko("start", *options)
+        systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(systemd.close)
+        systemd.bind(os.path.join(self.folder, "notify"))
+        code, out, err = self.haineko("start", *options, NOTIFY_SOCKET=systemd.getsockname())
         self.assertEqual((code, out), (0, ""), err)
+        said = rf"\Ahaineko {haineko.__version__} listens at http://127\.0\.0\.1:\d+/ \(pid \d+, log /.*/x\.log\)\n\Z"
+        self.assertRegex(err, said)
         self.assertEqual(self.called("start", *options)[0], 1)
         code, out, _ = self.called("status", *options)
         self.assertEqual((code, int(re.search(r"pid (\d+)", out)[1])), (0, int(re.search(r"pid (\d+)", err)[1])))
-        self.assertRegex(out, r" since \d{4}-\d\d-\d\d .*, listens at http://127\.0\.0\.1:\d+/, log /.*/x\.log\n")
+        self.assertRegex(
+            out, r" since \d{4}-\d\d-\d\dT[\d:]+[+-]\d{4}, listens at http://127\.0\.0\.1:\d+/, log /.*/x\.log\n"
+        )
         logs = [os.path.join(self.folder, name) for name in ("x.log.1", "x.log")]
         os.rename(logs[1], logs[0])  # as logrotate does
         self.assertEqual(self.called("reload", *options)[0], 0)
@@ -13106,6 +13144,7 @@ class Commands(Folder, Peers):
         for command in ("reload", "restart"):  # rather the old one than none
             self.assertEqual(self.called(command, *options)[0], 2, command)
         self.assertEqual(self.called("stop", *options)[0], 0)
+        self.assertEqual(select.select([systemd], [], [], 0)[0], [])  # it waits for the process that it has started
         self.assertEqual(self.called("status", *options)[:2], (1, "haineko does not run\n"))
         self.assertFalse(os.path.exists(os.path.join(self.folder, "x.pid")))
         text = ""
@@ -13117,11 +13156,27 @@ class Commands(Folder, Peers):
         self.assertNotIn("Traceback", text)
 
     def test_start_says_why_it_does_not(self) -> None:
+        bad, log = self.write("bad.json", {"x": 1}), os.path.join(self.folder, "x.log")
+        fine = self.settings(httpd={"listen": "127.0.0.1:0"})
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            force = self.settings(httpd={"listen": f"127.0.0.1:{taken.getsockname()[1]}"})
-            code, _, err = self.haineko("start", "-c", force, "--pid-file", os.path.join(self.folder, "x.pid"))
-        self.assertEqual(code, 1)
-        self.assertIn("Address already in use", err)
+            place = f"127.0.0.1:{taken.getsockname()[1]}"
+            cases = (
+                (("-c", fine, "--listen", place), "", 1, f"can't listen at {place}: Address already in use"),
+                (("-c", bad), "", 2, "x: unknown key"),
+                (("-c", fine), "os.mkdir(sys.argv[-1])", 1, f"can't start: [Errno 21] Is a directory: '{log}'"),
+                (("-c", fine), "haineko.SIGNALS = None", 1, f"did not start; see {log}\n"),
+            )
+            for words, before, wanted, reason in cases:
+                script = f"import os, sys, haineko; {before}\nsys.exit(haineko.main(sys.argv[1:-1]))"
+                command = [sys.executable, "-c", script, "start", *words, "--pid-file", log[:-3] + "pid", log]
+                env = environment(PYTHONPATH=os.path.dirname(PROGRAM))
+                done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=30, check=False)
+                with self.subTest(words, before=before):
+                    self.assertEqual((done.returncode, done.stdout), (wanted, ""), done.stderr)
+                    self.assertIn(reason, done.stderr)
+                    self.assertNotIn("Traceback", done.stderr)
+                if os.path.isdir(log):
+                    os.rmdir(log)
 
     def test_check_prints_every_fault_or_where_mail_would_go(self) -> None:
         smart = {"host": "smtp.example.org", "port": 587, "starttls": 1, "auth": "relay"}
@@ -13575,17 +13630,33 @@ class Commands(Folder, Peers):
                 {"httpd": {"listen": "0.0.0.0:1"}},
                 ["httpd.listen: 0.0.0.0:1 takes mail from other machines without TLS; set tls or trusted_proxies"],
             ),
+            (
+                {**route(), "recipients": None, "smtpd": {"hostname": "here.test"}},
+                ["recipients: only addresses at here.test may be written to"],
+            ),
+            ({"mailertable": {"default": {"mailer": "Discard"}}, "recipients": None}, []),
         )
         for sections, wanted in cases:
             with self.subTest(sections):
-                path = self.write("warned.json", {**open_to_all, **sections})
+                whole = {key: value for key, value in {**open_to_all, **sections}.items() if value is not None}
+                path = self.write("warned.json", whole)
                 code, out, err = self.called("check", "-c", path)
                 self.assertEqual((code, err.splitlines()), (0, [f"warning: {line}" for line in wanted]), out)
         example = os.path.join(HERE, "haineko.json.example")
         wanted = ["mailertable.default.host: smtp.example.org is an example"]
         wanted += ["authinfo.relay.username: is empty", "authinfo.relay.password: is empty"]
         lines = [line for line in self.called("check", "-c", example)[2].splitlines() if "chmod" not in line]
-        self.assertEqual(lines, [f"warning: {line}" for line in wanted])
+        self.assertEqual([line for line in lines if "queue.path" not in line], [f"warning: {line}" for line in wanted])
+
+    def test_check_warns_of_a_queue_in_memory(self) -> None:
+        if not (os.path.isdir("/dev/shm") and os.path.exists("/proc/self/mountinfo") and shutil.which("stat")):
+            self.skipTest("no tmpfs on this machine")
+        for place in ("/dev/shm", None):
+            with tempfile.TemporaryDirectory(dir=place) as folder, self.subTest(folder):
+                kind = subprocess.run(["stat", "-fc%T", folder], capture_output=True, text=True, check=True).stdout
+                path = self.settings(queue={"path": os.path.join(folder, "q.db")})
+                told = "warning: queue.path: tmpfs is no file system of a disk of this machine\n"
+                self.assertEqual(told in self.called("check", "-c", path)[2], kind == "tmpfs\n")
 
     def test_setup_writes_what_is_not_there(self) -> None:
         folder = os.path.join(self.folder, "new", "folder")
@@ -13718,12 +13789,11 @@ class CheckConnect(WithCertificates):
             "TCP: connected to 127.0.0.2",
             "EHLO: ",
             "TLS: TLSv1.[23], certificate not verified",
-            "TLS: not verified: .*(ostname|doesn't match)",
             "^mailertable.sts.example: DNS: ",
             "TCP: connected",
             "EHLO: ",
-            "TLS: TLSv1.[23], certificate of commonName=mx.sts.example",
-            "^mailertable.null.example: DNS: FAILED: 556 Domain takes no mail",
+            "TLS: TLSv1.[23], certificate not verified",
+            "^mailertable.null.example: CONN: FAILED: 556 Domain takes no mail",
             "^mailertable.default: DNS: name servers answer",
         )
         code, lines = self.check({"default": route}, "--connect", resolver="127.0.0.1:1")
