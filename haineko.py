@@ -5920,7 +5920,9 @@ def close_recipients(db: Any, message: int, count: int, now: float) -> None:
 def add_attempt(history: str, now: float, reply: Reply) -> str:
     """Return the JSON of the attempts with one more; the ones in the middle go if there are too many."""
     lines = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
-    attempts = json.loads(history)
+    attempts: list = []
+    with contextlib.suppress(ValueError, TypeError):  # of a damaged file
+        attempts += json.loads(history)
     attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, lines, reply.mailer, reply.host, reply.port])
     return ENCODER.encode(attempts[:1] + attempts[1:][1 - MAX_HISTORY :])
 
