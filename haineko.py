@@ -7621,17 +7621,18 @@ def process_metrics(folder: str) -> dict:
 def get_openapi(request: Request, app: App) -> Response:
     """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and of an answer."""
     sample = respond(request, Mail("Q" * 16, None, {"a@example.jp": queued_reply("Q" * 16)}))
-    answer, paths = {"content": {"application/json": {"schema": schema_of(json.loads(sample.body))}}}, {}
+    paths: dict = {}
     for (method, path), endpoint in ENDPOINTS.items():
-        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {
-            "summary": (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0],
-            "responses": {"default": {"description": "answer or refusal", **(answer if path == "/submit" else {})}},
-        }
+        summary = (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0]
+        operation = {"summary": summary, "responses": {"default": {"description": "answer or refusal"}}}
+        paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = operation
         if "ID" in path:
             operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
         elif method == "POST":
             schema = {"$ref": SCHEMAS + "Submission"} if path == "/submit" else {"description": "the provider's"}
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    answer = paths["/submit"]["post"]["responses"]["default"]
+    answer["content"] = {"application/json": {"schema": schema_of(json.loads(sample.body))}}
     schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
     logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
     logins["token"] = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
@@ -7742,8 +7743,7 @@ def cors_headers(request: Request, settings: Settings) -> tuple:
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client. The base class writes responses, into a buffer that is sent by one call. Requests are
-    read with a deadline, without a thread, and parsed by parse_head(), which is stricter and faster."""
+    """One connection of a client. The base class writes responses; parse_head() is stricter and faster than it."""
 
     protocol_version = request_version = "HTTP/1.1"
     command, request, extra_headers, close_connection = "", None, (), True
@@ -7853,14 +7853,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _endpoint(self, request: Request) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
         method = "GET" if request.method == "HEAD" else request.method
-        endpoint = ENDPOINTS.get((method, route_key(request.path)))
-        if not endpoint:
-            if not allowed_methods(request.path):
-                hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
-                raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
-            if method != "OPTIONS":
-                raise Rejected(make_reply("method", word=method))
-        return endpoint or Endpoint(lambda *_: Response(204, b"", (("Allow", allowed_methods(request.path)),)))
+        if endpoint := ENDPOINTS.get((method, route_key(request.path))):
+            return endpoint
+        allowed = allowed_methods(request.path)
+        if not allowed:
+            hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
+            raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
+        if method != "OPTIONS":
+            raise Rejected(make_reply("method", word=method))
+        return Endpoint(lambda *_: Response(204, b"", (("Allow", allowed),)))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
@@ -7878,12 +7879,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         headers = [("Server", "Haineko"), ("Date", http_date(int(time.time())))]
         if response.status != 204:
             headers += ("Content-Type", response.type), ("Content-Length", str(len(response.body)))
+        if self.close_connection or self.request.is_http10:
+            headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
         for name, value in (*headers, *response.headers, *self.extra_headers):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        elif self.request.is_http10:
-            self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
@@ -7991,7 +7990,7 @@ class Worker:
 
     def __init__(self, supervisor: Supervisor, slot: int = 0) -> None:
         self.app = App(supervisor.settings, supervisor.wakeup_pair[1], supervisor.limits)
-        self.listeners, self.parent_pipe = supervisor.listeners, supervisor.parent_pipe
+        self.listeners, self.parent = supervisor.listeners, supervisor.pid
         self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop, is_of_queue = EventLoop(), slot == len(self.busy_counts)
         self.queue_manager = QueueManager(self.app, supervisor.wakeup_pair[0]) if is_of_queue else None
@@ -8009,12 +8008,12 @@ class Worker:
             self.loop.add_signal_handler(number, self.stopped.set)
         self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
-        for sock in (*self.listeners, self.parent_pipe):
+        for sock in self.listeners:
             sock.setblocking(False)
-        listeners, parent = list(map(AsyncSocket, self.listeners)), AsyncSocket(self.parent_pipe)
+        listeners = list(map(AsyncSocket, self.listeners))
         work = [self.queue_manager.run()] if self.queue_manager else map(self._accept, listeners)
-        for waiting in (*work, self._housekeeping(), parent.recv(1, float("inf"))):
-            self.loop.create_task(self._stop_after(waiting))
+        for coroutine in (*work, self._housekeeping()):  # it can't do without any: if one fails, another worker begins
+            self.loop.create_task(coroutine).add_done_callback(lambda _: self.stopped.set())
         await self.stopped.wait()
         self.app.stopping = True
         began = now = time.monotonic()
@@ -8026,18 +8025,10 @@ class Worker:
             patient = now <= began + LINGER_TIMEOUT
             for one in list(self.idle):
                 if not (one.request or (patient and (one.buffer or one.connection.outbox))):
-                    self._interrupt(one)  # no request has begun, and no response is on its way
+                    one.connection.abort(ConnectionAbortedError("stopping"))  # no request or response is on its way
             await asyncio.sleep(0.02)
             now = time.monotonic()
         await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
-
-    async def _stop_after(self, waiting: Any) -> None:
-        """Stop when something ends that the worker can't do without: another takes over, or the supervisor is dead."""
-        try:
-            await waiting
-        except Exception:
-            log_exception("worker")
-        self.stopped.set()
 
     async def _accept(self, listener: AsyncSocket) -> None:
         while listener.sock.fileno() >= 0:
@@ -8058,21 +8049,16 @@ class Worker:
             with contextlib.suppress(OSError):  # a Unix socket, or macOS and the client is gone already
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(sock, peer, self)
-            if len(self.connections) >= limit and not await self._make_room(limit):
+            for attempt in range(5):
+                if len(self.connections) < limit or (attempt > 1 and self._close_idlest()):
+                    break
+                await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
+            else:
                 self.loop.create_task(self._reject_503(connection))
                 continue
             self.connections.add(connection)
             self.per_address[connection.peer] += 1
-            self.mark(connection, idle=False)
             self.loop.create_task(connection.handle())
-
-    async def _make_room(self, limit: int) -> bool:
-        """Return True if there is room for another connection, or one was closed in its favour."""
-        for attempt in range(4):
-            await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
-            if len(self.connections) < limit or (attempt and self._close_idlest()):
-                return True
-        return False
 
     def mark(self, connection: Connection, idle: bool) -> None:
         """Note whether a connection waits for its client."""
@@ -8083,23 +8069,19 @@ class Worker:
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
-        if connection in self.connections:
-            self.connections.discard(connection)
-            self.per_address[connection.peer] -= 1
-            if not self.per_address[connection.peer]:
-                del self.per_address[connection.peer]
+        self.connections.discard(connection)
+        self.per_address[connection.peer] -= 1
         self.mark(connection, idle=False)
 
     async def _reject_503(self, connection: Connection) -> None:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
         octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         metrics.add("haineko_http_requests_total", "other", 503)
-        deadline = time.monotonic() + LINGER_TIMEOUT
         self.lingering_503s += 1
         with contextlib.suppress(OSError):
             if not self.app.tls:
-                await sock.sendall(octets, deadline)
-                await sock.drain(deadline)
+                await sock.sendall(octets, connection.deadline)
+                await sock.drain(connection.deadline)
                 if self.lingering_503s <= MAX_LINGERING_503:
                     await lingering_close(sock)
         self.lingering_503s -= 1
@@ -8115,18 +8097,12 @@ class Worker:
             stands_for_many = one.port is None or one.peer in httpd.trusted_proxies
             return stands_for_many or not is_crowded, (one.received + 500) / max(now - one.begun, 1)  # octets a second
 
-        return any(map(self._interrupt, sorted(itertools.islice(self.idle, MAX_VICTIMS), key=precedence)))
-
-    def _interrupt(self, connection: Connection) -> bool:
-        """Abort an idle connection; return False if something has just arrived on it."""
-        found = connection.connection.abort(ConnectionAbortedError("closed for another"))
-        if found:
-            self.forget(connection)
-        return found
+        victims = sorted(itertools.islice(self.idle, MAX_VICTIMS), key=precedence)
+        return any(one.connection.abort(ConnectionAbortedError("closed for another")) for one in victims)
 
     async def _housekeeping(self) -> None:
-        """Once a second, show that this loop is not stuck, close idle SMTP sessions, and update the log and metrics."""
-        while True:
+        """Once a second, while the supervisor lives, show that this loop is not stuck, and do what is due."""
+        while os.getppid() == self.parent:
             metrics.beat()
             log.reopen()
             await self.app.transport.sweep()
@@ -8134,6 +8110,7 @@ class Worker:
             metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
             metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
             metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
+            self.per_address = +self.per_address  # without those that have none left
             metrics.set("haineko_connections", "idle", to=len(self.idle))
             metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
             await asyncio.sleep(1.0)
@@ -8150,7 +8127,7 @@ class Supervisor:
     """Process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
-        self.settings, self.listeners = settings, listeners
+        self.settings, self.listeners, self.pid = settings, listeners, os.getpid()
         workers = settings.httpd.workers or os.cpu_count() or 1
         self.busy_counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("i")  # busy connections of each; for all to see
         self.slots = range(workers + bool(settings.queue))  # indices in busy_counts; the last is the queue's process
@@ -8172,7 +8149,6 @@ class Supervisor:
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in (*SIGNALS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)  # its number is written to `wake`
-        self.parent_pipe, self.child_pipe_end = socket.socketpair()
         metrics.allocate(METRICS, len(self.busy_counts) + 2)  # the last rows: the queue's process, the supervisor
         metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
         metrics.set("haineko_reload_success", to=1)
@@ -8184,11 +8160,7 @@ class Supervisor:
         where = " ".join(url_of(listener, bool(self.settings.httpd.tls)) for listener in self.listeners)
         self._notify("READY=1", f"STATUS=listens at {where}")
         while not self.stopping:
-            numbers = b""
-            with contextlib.suppress(socket.timeout):
-                numbers = alarm.recv(4096)
-            self.stopping = signal.SIGTERM in numbers or signal.SIGINT in numbers
-            self._reap()
+            numbers = self._wait(alarm)
             log.reopen()
             if not self.stopping:
                 self._check_heartbeats(time.monotonic())
@@ -8238,7 +8210,6 @@ class Supervisor:
     def _become_worker(self, slot: int) -> None:
         code = 1
         try:
-            self.child_pipe_end.close()
             if slot < len(self.busy_counts):
                 self.busy_counts[slot] = 0  # its predecessor has left a number there
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -8254,11 +8225,14 @@ class Supervisor:
             log.flush()
             os._exit(code)  # without waiting for threads, and without the supervisor's cleanup
 
-    def _reap(self) -> None:
-        while self.workers:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
+    def _wait(self, alarm: socket.socket) -> bytes:
+        """Wait for signals, a second at most, and note which workers have ended; return the signals' numbers."""
+        numbers = b""
+        with contextlib.suppress(socket.timeout):
+            numbers = alarm.recv(4096)
+        self.stopping = self.stopping or signal.SIGTERM in numbers or signal.SIGINT in numbers
+        while self.workers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = ended
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
                 name = "worker" if slot < len(self.busy_counts) else "queue process"
@@ -8267,6 +8241,7 @@ class Supervisor:
                 metrics.add("haineko_workers_restarted_total")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
+        return numbers
 
     def _watch(self, is_requested: bool) -> None:
         """Apply settings that changed, or log their faults once; a reload may be requested by SIGHUP."""
@@ -8310,9 +8285,7 @@ class Supervisor:
         self._signal(self.workers, signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
-            with contextlib.suppress(socket.timeout):
-                alarm.recv(4096)
-            self._reap()
+            self._wait(alarm)
         self._signal(self.workers, signal.SIGKILL)
         log.lines("stopped")
         return 0
