@@ -7268,13 +7268,9 @@ def read_personalizations(document: Any) -> list:
     """Return one mail for each personalization, whose keys take the place of the document's."""
     whole = document if isinstance(document, dict) else {}
     content = whole.get("content") if isinstance(whole.get("content"), list) else []
-    mails, whole = [], {**whole, "content": []}  # what remains of it is not supported
-    for item in content:
-        kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
-        if kind in ("text/plain", "text/html"):
-            whole[f"content.{kind}"] = item.get("value")
-        else:
-            whole["content"].append(item)
+    objects, mails = [item if isinstance(item, dict) else {} for item in content], []
+    texts = {f"content.{str(item.get('type')).partition(';')[0]}": item.get("value") for item in objects}
+    whole = {**whole, **texts, "content": texts.keys() - SENDGRID_KEYS.values()}  # what remains is not supported
     for i, part in enumerate(read_batch(whole.get("personalizations"), 1000, "personalizations")):
         mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
         mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
@@ -7304,15 +7300,15 @@ def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
     return Response(200 if dry_run else 202, b"", (("X-Message-Id", accepted[0]),))
 
 
-def postmark_item(prepared: Mail, mail: dict) -> dict:
-    if prepared.error:
-        return error_document(POSTMARK, prepared.error)[1]
-    words = "; ".join(dict.fromkeys(map(reply_text, prepared.refused.values())))
-    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
+def postmark_item(mail: Mail, raw: dict) -> dict:
+    if mail.error:
+        return error_document(POSTMARK, mail.error)[1]
+    words = "; ".join(dict.fromkeys(map(reply_text, mail.refused.values())))
+    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(mail.refused)}"
     message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
     now = time.strftime("%Y-%m-%dT%H:%M:%S.0000000Z", time.gmtime())
-    place = {"To": mail.get("To") or "", "SubmittedAt": now, "MessageID": prepared.queueid}
-    return {**place, "ErrorCode": 0, "Message": message}
+    item = {"To": raw.get("To") or "", "SubmittedAt": now, "MessageID": mail.queueid}
+    return {**item, "ErrorCode": 0, "Message": message}
 
 
 def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
@@ -7453,7 +7449,7 @@ MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
-MAX_VICTIMS = 64  # connections, idle for longest, that are compared to find the one to be closed for a new one
+MAX_VICTIMS = 64  # connections, waiting for longest, that are compared to find the one to be closed for a new one
 MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
@@ -7463,8 +7459,7 @@ http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=
 def parse_head(octets: bytes) -> Request:
     """Parse the head of a request, without its last line end; raise Rejected for what RFC 9112 forbids."""
     first, *lines = octets.decode("latin-1").split("\r\n")
-    found = REQUEST_LINE.fullmatch(first)
-    if not found:
+    if not (found := REQUEST_LINE.fullmatch(first)):
         raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
     if major != "1":
@@ -7475,8 +7470,7 @@ def parse_head(octets: bytes) -> Request:
         raise Rejected(make_reply("head-too-large"))
     headers: dict = {}
     for line in lines:
-        found = HEADER_LINE.fullmatch(line)
-        if not found:
+        if not (found := HEADER_LINE.fullmatch(line)):
             raise Rejected(make_reply("bad-request", "header line"))
         name, value = found[1].lower(), found[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -7497,8 +7491,7 @@ def body_length(request: Request) -> int:
         return CHUNKED
     if length is None and request.method == "POST":
         raise Rejected(make_reply("length-required"))
-    found = LENGTH.fullmatch("0" if length is None else length)
-    if not found:
+    if not (found := LENGTH.fullmatch("0" if length is None else length)):
         raise Rejected(make_reply("bad-request", "Content-Length"))
     return int(found[1])
 
@@ -7595,27 +7588,22 @@ def message_document(message: dict) -> dict:
 
 
 async def get_metrics(request: Request, app: App) -> Response:
-    """Answer with the metrics of all processes."""
+    """Answer with the metrics of all processes; process_... are the supervisor's, as far as /proc has them."""
+    names = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory_bytes", "open_fds")
+    values, folder = (None,) * 4, f"/proc/{os.getppid()}"
+    with contextlib.suppress(OSError), open(f"{folder}/stat", "rb") as stream:
+        words = stream.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
+        seconds, memory = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"), int(words[21]) * mmap.PAGESIZE
+        values = seconds, int(words[20]), memory, len(os.listdir(f"{folder}/fd"))
+    current: dict = {(f"process_{name}",): value for name, value in zip(names, values)}
     stats: dict = dict.fromkeys(("waiting", "sending", "oldest"), None if app.queue else 0)
     if app.queue:
         with contextlib.suppress(Rejected):  # the other metrics are needed then
             stats = await app.queue.do(queue_stats, request.now)
-    current = process_metrics(f"/proc/{os.getppid()}")
     current.update({("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")})
     current[("haineko_queue_oldest_seconds",)] = stats["oldest"] or (stats["waiting"] and 0)
     current[("haineko_queue_disk_free_bytes",)] = app.queue and app.queue.free_space()
     return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def process_metrics(folder: str) -> dict:
-    """Return the metrics of a process that has that folder in /proc; None where there is no such file system."""
-    found: tuple = (None,) * 4
-    with contextlib.suppress(OSError), open(f"{folder}/stat", "rb") as stream:
-        words = stream.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
-        seconds, memory = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"), int(words[21]) * mmap.PAGESIZE
-        found = seconds, int(words[20]), memory, len(os.listdir(f"{folder}/fd"))
-    names = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory_bytes", "open_fds")
-    return {(f"process_{name}",): value for name, value in zip(names, found)}
 
 
 def get_openapi(request: Request, app: App) -> Response:
@@ -7688,6 +7676,7 @@ STATUSES = tuple(sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.va
 PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
 OUTCOMES = ("accepted", "queued", "refused", "deferred", "failed", "unsure")
 REASONS = tuple(slug for slug in REPLIES if make_reply(slug).slug)
+PROCESS_GAUGES = ("start_time_seconds", "virtual_memory_bytes", "resident_memory_bytes", "open_fds", "max_fds")
 METRICS = {  # name: (type, help, {label: all its values})
     "haineko_http_requests_total": ("counter", "Requests answered.", {"endpoint": PATHS, "status": STATUSES}),
     "haineko_http_request_seconds": ("histogram", "Time from the start of a request to its response.", {}),
@@ -7705,12 +7694,8 @@ METRICS = {  # name: (type, help, {label: all its values})
     "haineko_token_errors_total": ("counter", "Failures to get an OAuth2 token.", {}),
     "haineko_workers_restarted_total": ("counter", "Processes that ended and were replaced.", {}),
     "haineko_reload_success": ("gauge", "1 if the settings had no fault when they were last read.", {}),
-    "process_cpu_seconds_total": ("counter", "CPU time of the supervisor.", {}),
-    "process_start_time_seconds": ("gauge", "When the supervisor started, since the epoch.", {}),
-    "process_virtual_memory_bytes": ("gauge", "Virtual memory of the supervisor.", {}),
-    "process_resident_memory_bytes": ("gauge", "Resident memory of the supervisor.", {}),
-    "process_open_fds": ("gauge", "Files that the supervisor has open.", {}),
-    "process_max_fds": ("gauge", "Files that a process may have open.", {}),
+    "process_cpu_seconds_total": ("counter", "The supervisor's CPU time.", {}),
+    **{f"process_{name}": ("gauge", f"The supervisor's {name}.", {}) for name in PROCESS_GAUGES},
     "haineko_build_info": ("gauge", "Versions.", {"version": (__version__,), "python": (sys.version.split()[0],)}),
 }
 
@@ -7758,20 +7743,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def handle(self) -> None:
         """Serve requests, one after the other, until one side closes."""
+        self.worker.busy_counts[self.worker.slot] -= 1
         try:
             if self.app.tls:
                 sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
                 self.connection.sock = sock
-                await self._while_idle(self.connection.call(sock.do_handshake, self.deadline))
+                await self.connection.call(sock.do_handshake, self.deadline)
             while True:
-                self.buffer = self.buffer.lstrip(b"\r\n")  # line ends before a request are ignored (RFC 9112 2.2)
-                if not self.buffer:
+                while not self.buffer.lstrip(b"\r\n"):  # line ends before a request are ignored (RFC 9112 2.2)
                     self.buffer = await self._receive()
-                    continue
+                self.buffer = self.buffer.lstrip(b"\r\n")
                 await self.connection.sendall(await self.handle_one_request(), self.deadline)
                 if self.close_connection:
                     await self.connection.drain(self.deadline)
-                    await self._while_idle(lingering_close(self.connection))
+                    await lingering_close(self.connection)
                     break
         except (OSError, ValueError, Rejected):  # the client is gone, or silent
             pass
@@ -7781,19 +7766,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.connection.close()
             self.worker.forget(self)
 
-    async def _while_idle(self, waiting: Any) -> Any:
-        """Await something while the connection may be closed in favour of another."""
-        self.worker.mark(self, idle=True)
-        try:
-            return await waiting
-        finally:
-            self.worker.mark(self, idle=False)
-
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection` and `deadline`."""
         self.settings = self.app.settings  # one set from beginning to end
         self.begun, self.received = time.monotonic(), len(self.buffer)
         self.request, self.command, self.unread, self.extra_headers = None, "", CHUNKED, ()
+        self.worker.busy_counts[self.worker.slot] += 1
         try:
             response = await self._respond()
         except Rejected as error:
@@ -7804,6 +7782,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             log_exception(None)
             response = self.rejection(make_reply("our-fault"))
         finally:
+            self.worker.busy_counts[self.worker.slot] -= 1
             self.app.octets_in_flight -= self.in_flight
             self.in_flight = 0
         if 0 < self.unread <= len(self.buffer):  # a refused body that has arrived already
@@ -7815,6 +7794,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
         octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
         self.begun, self.received = time.monotonic(), 0  # its turn to take it, and for a new request
+        self.worker.connections.move_to_end(self)
         return octets
 
     async def _respond(self) -> Response:
@@ -7906,7 +7886,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def _receive(self, limit: int = 16384) -> bytes:
         """Return octets from the client; raise Rejected at the deadline, ConnectionError at the end."""
         try:
-            octets = await self._while_idle(self.connection.recv(limit, self.deadline))
+            octets = await self.connection.recv(limit, self.deadline)
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
@@ -7952,8 +7932,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         body, total, size = bytearray(), 0, 1
         while size:
             line = await self._read_until(b"\r\n", 4096, "bad-request", "chunk line")
-            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
-            if not found:
+            if not (found := re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)):
                 raise Rejected(make_reply("bad-request", "chunk size"))
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
@@ -7994,9 +7973,8 @@ class Worker:
         self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop, is_of_queue = EventLoop(), slot == len(self.busy_counts)
         self.queue_manager = QueueManager(self.app, supervisor.wakeup_pair[0]) if is_of_queue else None
-        self.connections: set = set()
+        self.connections: OrderedDict = OrderedDict()  # as keys; that whose client's turn began first is the first
         self.per_address: Counter = Counter()  # of the connections
-        self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
 
     async def serve(self) -> None:
@@ -8023,8 +8001,8 @@ class Worker:
         deliveries = self.queue_manager.in_flight if self.queue_manager else {}
         while now < began + SHUTDOWN_TIMEOUT and (self.connections or any(deliveries.values())):
             patient = now <= began + LINGER_TIMEOUT
-            for one in list(self.idle):
-                if not (one.request or (patient and (one.buffer or one.connection.outbox))):
+            for one in self.connections:
+                if not (one.request or one.connection.outbox or (patient and one.buffer)):
                     one.connection.abort(ConnectionAbortedError("stopping"))  # no request or response is on its way
             await asyncio.sleep(0.02)
             now = time.monotonic()
@@ -8033,7 +8011,7 @@ class Worker:
     async def _accept(self, listener: AsyncSocket) -> None:
         while listener.sock.fileno() >= 0:
             least, limit = min(self.busy_counts), self.app.settings.httpd.max_connections
-            if len(self.connections) - len(self.idle) > least + least // 4:  # of many, some more make no difference
+            if self.busy_counts[self.slot] > least + least // 4:  # of many, some more make no difference
                 await asyncio.sleep(0.001)  # a worker that is less busy takes the connection
             try:
                 sock, peer = listener.sock.accept()
@@ -8043,35 +8021,27 @@ class Worker:
                 continue
             except OSError as error:  # the client is gone, or no file is left
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await asyncio.sleep(0 if self._close_idlest() else 0.05)
+                    await asyncio.sleep(0 if self._close_one() else 0.05)
                 continue
             sock.setblocking(False)
             with contextlib.suppress(OSError):  # a Unix socket, or macOS and the client is gone already
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(sock, peer, self)
             for attempt in range(5):
-                if len(self.connections) < limit or (attempt > 1 and self._close_idlest()):
+                if len(self.connections) < limit or (attempt > 1 and self._close_one()):
                     break
                 await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
             else:
                 self.loop.create_task(self._reject_503(connection))
                 continue
-            self.connections.add(connection)
+            self.connections[connection] = None
             self.per_address[connection.peer] += 1
+            self.busy_counts[self.slot] += 1  # until its task begins
             self.loop.create_task(connection.handle())
 
-    def mark(self, connection: Connection, idle: bool) -> None:
-        """Note whether a connection waits for its client."""
-        if idle:
-            self.idle[connection] = None
-        else:
-            self.idle.pop(connection, None)
-        self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
-
     def forget(self, connection: Connection) -> None:
-        self.connections.discard(connection)
+        self.connections.pop(connection)
         self.per_address[connection.peer] -= 1
-        self.mark(connection, idle=False)
 
     async def _reject_503(self, connection: Connection) -> None:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
@@ -8087,17 +8057,18 @@ class Worker:
         self.lingering_503s -= 1
         sock.close()
 
-    def _close_idlest(self) -> bool:
-        """Close the idle connection that brought least for its time; return False if none is idle. Those of an address
-        with more than a quarter of max_connections go first, unless it stands for many clients."""
+    def _close_one(self) -> bool:
+        """Close the connection that has brought least for its time, of those that wait for their clients; False if none
+        does. Those of an address with more than a quarter of max_connections go first, except for a proxy's."""
         httpd, now = self.app.settings.httpd, time.monotonic()
 
         def precedence(one: Connection) -> tuple:
             is_crowded = self.per_address[one.peer] > httpd.max_connections // 4
-            stands_for_many = one.port is None or one.peer in httpd.trusted_proxies
-            return stands_for_many or not is_crowded, (one.received + 500) / max(now - one.begun, 1)  # octets a second
+            is_proxy = one.port is None or one.peer in httpd.trusted_proxies
+            return is_proxy or not is_crowded, (one.received + 500) / max(now - one.begun, 1)  # octets a second
 
-        victims = sorted(itertools.islice(self.idle, MAX_VICTIMS), key=precedence)
+        waiting = (one for one in self.connections if one.connection.future and not one.connection.future.done())
+        victims = sorted(itertools.islice(waiting, MAX_VICTIMS), key=precedence)
         return any(one.connection.abort(ConnectionAbortedError("closed for another")) for one in victims)
 
     async def _housekeeping(self) -> None:
@@ -8111,8 +8082,9 @@ class Worker:
             metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
             metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
             self.per_address = +self.per_address  # without those that have none left
-            metrics.set("haineko_connections", "idle", to=len(self.idle))
-            metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
+            busy = sum([bool(one.request) for one in self.connections])
+            metrics.set("haineko_connections", "idle", to=len(self.connections) - busy)
+            metrics.set("haineko_connections", "busy", to=busy)
             await asyncio.sleep(1.0)
 
     async def _reread(self) -> None:

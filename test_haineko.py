@@ -155,7 +155,9 @@ def over_http(octets: bytes, force: haineko.Settings, client: str = "127.0.0.1")
         worker = lone_worker(force)
 
         async def handled() -> None:
-            await asyncio.wait_for(haineko.Connection(there, (client, 50320), worker).handle(), 10)
+            connection = haineko.Connection(there, (client, 50320), worker)
+            worker.connections[connection] = None
+            await asyncio.wait_for(connection.handle(), 10)
 
         worker.loop.run_until_complete(handled())
         worker.loop.close()
@@ -12641,15 +12643,15 @@ class Workers(Peers):
                 there.setblocking(False)
                 one = haineko.Connection(there, (address, port) if port else address, worker)
                 one.received, one.begun = octets, time.monotonic() - seconds
-                worker.connections.add(one)
+                worker.connections[one] = None
                 worker.per_address[one.peer] += 1
                 tasks.append(asyncio.ensure_future(one.handle()))
             for i in range(len(cases)):
                 await asyncio.sleep(0.01)
                 self.assertEqual([task.done() for task in tasks], [done < i for done in range(len(cases))])
-                self.assertTrue(worker._close_idlest())
+                self.assertTrue(worker._close_one())
             await asyncio.wait(tasks)
-            self.assertFalse(worker._close_idlest())
+            self.assertFalse(worker._close_one())
 
         worker.loop.run_until_complete(story())
 
