@@ -7425,8 +7425,7 @@ NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
-FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
-FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
+FORWARDING_HEADERS = {*"via forwarded x-real-ip x-client-ip x-forwarded-for x-forwarded-host x-forwarded-proto".split()}
 SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
@@ -7764,7 +7763,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(OSError, ValueError):
                 close_notify(self.connection.sock)
             self.connection.close()
-            self.worker.forget(self)
+            self.worker.connections.pop(self)
+            self.worker.per_address[self.peer] -= 1
 
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection` and `deadline`."""
@@ -8003,7 +8003,7 @@ class Worker:
             patient = now <= began + LINGER_TIMEOUT
             for one in self.connections:
                 if not (one.request or one.connection.outbox or (patient and one.buffer)):
-                    one.connection.abort(ConnectionAbortedError("stopping"))  # no request or response is on its way
+                    one.connection.abort(ConnectionAbortedError("stopping"))  # no request has begun, and all is sent
             await asyncio.sleep(0.02)
             now = time.monotonic()
         await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
@@ -8038,10 +8038,6 @@ class Worker:
             self.per_address[connection.peer] += 1
             self.busy_counts[self.slot] += 1  # until its task begins
             self.loop.create_task(connection.handle())
-
-    def forget(self, connection: Connection) -> None:
-        self.connections.pop(connection)
-        self.per_address[connection.peer] -= 1
 
     async def _reject_503(self, connection: Connection) -> None:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
