@@ -6745,13 +6745,9 @@ def read_personalizations(document: Any) -> list:
     """Return one mail for each personalization, whose keys take the place of the document's."""
     whole = document if isinstance(document, dict) else {}
     content = whole.get("content") if isinstance(whole.get("content"), list) else []
-    mails, whole = [], {**whole, "content": []}  # what remains of it is not supported
-    for item in content:
-        kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
-        if kind in ("text/plain", "text/html"):
-            whole[f"content.{kind}"] = item.get("value")
-        else:
-            whole["content"].append(item)
+    objects, mails = [item if isinstance(item, dict) else {} for item in content], []
+    texts = {f"content.{str(item.get('type')).partition(';')[0]}": item.get("value") for item in objects}
+    whole = {**whole, **texts, "content": texts.keys() - SENDGRID_KEYS.values()}  # what remains is not supported
     for i, part in enumerate(read_batch(whole.get("personalizations"), 1000, "personalizations")):
         mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
         mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
@@ -6781,15 +6777,15 @@ def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
     return Response(200 if dry_run else 202, b"", (("X-Message-Id", accepted[0]),))
 
 
-def postmark_item(prepared: Mail, mail: dict) -> dict:
-    if prepared.error:
-        return error_document(POSTMARK, prepared.error)[1]
-    words = "; ".join(dict.fromkeys(map(reply_text, prepared.refused.values())))
-    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
+def postmark_item(mail: Mail, raw: dict) -> dict:
+    if mail.error:
+        return error_document(POSTMARK, mail.error)[1]
+    words = "; ".join(dict.fromkeys(map(reply_text, mail.refused.values())))
+    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(mail.refused)}"
     message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
     now = time.strftime("%Y-%m-%dT%H:%M:%S.0000000Z", time.gmtime())
-    place = {"To": mail.get("To") or "", "SubmittedAt": now, "MessageID": prepared.queueid}
-    return {**place, "ErrorCode": 0, "Message": message}
+    item = {"To": raw.get("To") or "", "SubmittedAt": now, "MessageID": mail.queueid}
+    return {**item, "ErrorCode": 0, "Message": message}
 
 
 def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
@@ -6906,8 +6902,7 @@ NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
-FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
-FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
+FORWARDING_HEADERS = {*"via forwarded x-real-ip x-client-ip x-forwarded-for x-forwarded-host x-forwarded-proto".split()}
 SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
@@ -6930,7 +6925,7 @@ MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
-MAX_VICTIMS = 64  # connections, idle for longest, that are compared to find the one to be closed for a new one
+MAX_VICTIMS = 64  # connections, waiting for longest, that are compared to find the one to be closed for a new one
 MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
@@ -6940,8 +6935,7 @@ http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=
 def parse_head(octets: bytes) -> Request:
     """Parse the head of a request, without its last line end; raise Rejected for what RFC 9112 forbids."""
     first, *lines = octets.decode("latin-1").split("\r\n")
-    found = REQUEST_LINE.fullmatch(first)
-    if not found:
+    if not (found := REQUEST_LINE.fullmatch(first)):
         raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
     if major != "1":
@@ -6952,8 +6946,7 @@ def parse_head(octets: bytes) -> Request:
         raise Rejected(make_reply("head-too-large"))
     headers: dict = {}
     for line in lines:
-        found = HEADER_LINE.fullmatch(line)
-        if not found:
+        if not (found := HEADER_LINE.fullmatch(line)):
             raise Rejected(make_reply("bad-request", "header line"))
         name, value = found[1].lower(), found[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -6974,8 +6967,7 @@ def body_length(request: Request) -> int:
         return CHUNKED
     if length is None and request.method == "POST":
         raise Rejected(make_reply("length-required"))
-    found = LENGTH.fullmatch("0" if length is None else length)
-    if not found:
+    if not (found := LENGTH.fullmatch("0" if length is None else length)):
         raise Rejected(make_reply("bad-request", "Content-Length"))
     return int(found[1])
 
@@ -7072,43 +7064,39 @@ def message_document(message: dict) -> dict:
 
 
 async def get_metrics(request: Request, app: App) -> Response:
-    """Answer with the metrics of all processes."""
+    """Answer with the metrics of all processes; process_... are the supervisor's, as far as /proc has them."""
+    names = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory_bytes", "open_fds")
+    values, folder = (None,) * 4, f"/proc/{os.getppid()}"
+    with contextlib.suppress(OSError), open(f"{folder}/stat", "rb") as stream:
+        words = stream.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
+        seconds, memory = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"), int(words[21]) * mmap.PAGESIZE
+        values = seconds, int(words[20]), memory, len(os.listdir(f"{folder}/fd"))
+    current: dict = {(f"process_{name}",): value for name, value in zip(names, values)}
     stats: dict = dict.fromkeys(("waiting", "sending", "oldest"), None if app.queue else 0)
     if app.queue:
         with contextlib.suppress(Rejected):  # the other metrics are needed then
             stats = await app.queue.do(queue_stats, request.now)
-    current = process_metrics(f"/proc/{os.getppid()}")
     current.update({("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")})
     current[("haineko_queue_oldest_seconds",)] = stats["oldest"] or (stats["waiting"] and 0)
     current[("haineko_queue_disk_free_bytes",)] = app.queue and app.queue.free_space()
     return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def process_metrics(folder: str) -> dict:
-    """Return the metrics of a process that has that folder in /proc; None where there is no such file system."""
-    found: tuple = (None,) * 4
-    with contextlib.suppress(OSError), open(f"{folder}/stat", "rb") as stream:
-        words = stream.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
-        seconds, memory = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"), int(words[21]) * mmap.PAGESIZE
-        found = seconds, int(words[20]), memory, len(os.listdir(f"{folder}/fd"))
-    names = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory_bytes", "open_fds")
-    return {(f"process_{name}",): value for name, value in zip(names, found)}
-
-
 def get_openapi(request: Request, app: App) -> Response:
     """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and of an answer."""
     sample = respond(request, Mail("Q" * 16, None, {"a@example.jp": queued_reply("Q" * 16)}))
-    answer, paths = {"content": {"application/json": {"schema": schema_of(json.loads(sample.body))}}}, {}
+    paths: dict = {}
     for (method, path), endpoint in ENDPOINTS.items():
-        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {
-            "summary": (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0],
-            "responses": {"default": {"description": "answer or refusal", **(answer if path == "/submit" else {})}},
-        }
+        summary = (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0]
+        operation = {"summary": summary, "responses": {"default": {"description": "answer or refusal"}}}
+        paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = operation
         if "ID" in path:
             operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
         elif method == "POST":
             schema = {"$ref": SCHEMAS + "Submission"} if path == "/submit" else {"description": "the provider's"}
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    answer = paths["/submit"]["post"]["responses"]["default"]
+    answer["content"] = {"application/json": {"schema": schema_of(json.loads(sample.body))}}
     schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
     logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
     logins["token"] = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
@@ -7164,6 +7152,7 @@ STATUSES = tuple(sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.va
 PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
 OUTCOMES = ("accepted", "queued", "refused", "deferred", "failed", "unsure")
 REASONS = tuple(slug for slug in REPLIES if make_reply(slug).slug)
+PROCESS_GAUGES = ("start_time_seconds", "virtual_memory_bytes", "resident_memory_bytes", "open_fds", "max_fds")
 METRICS = {  # name: (type, help, {label: all its values})
     "haineko_http_requests_total": ("counter", "Requests answered.", {"endpoint": PATHS, "status": STATUSES}),
     "haineko_http_request_seconds": ("histogram", "Time from the start of a request to its response.", {}),
@@ -7181,12 +7170,8 @@ METRICS = {  # name: (type, help, {label: all its values})
     "haineko_token_errors_total": ("counter", "Failures to get an OAuth2 token.", {}),
     "haineko_workers_restarted_total": ("counter", "Processes that ended and were replaced.", {}),
     "haineko_reload_success": ("gauge", "1 if the settings had no fault when they were last read.", {}),
-    "process_cpu_seconds_total": ("counter", "CPU time of the supervisor.", {}),
-    "process_start_time_seconds": ("gauge", "When the supervisor started, since the epoch.", {}),
-    "process_virtual_memory_bytes": ("gauge", "Virtual memory of the supervisor.", {}),
-    "process_resident_memory_bytes": ("gauge", "Resident memory of the supervisor.", {}),
-    "process_open_fds": ("gauge", "Files that the supervisor has open.", {}),
-    "process_max_fds": ("gauge", "Files that a process may have open.", {}),
+    "process_cpu_seconds_total": ("counter", "The supervisor's CPU time.", {}),
+    **{f"process_{name}": ("gauge", f"The supervisor's {name}.", {}) for name in PROCESS_GAUGES},
     "haineko_build_info": ("gauge", "Versions.", {"version": (__version__,), "python": (sys.version.split()[0],)}),
 }
 
@@ -7219,8 +7204,7 @@ def cors_headers(request: Request, settings: Settings) -> tuple:
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client. The base class writes responses, into a buffer that is sent by one call. Requests are
-    read with a deadline, without a thread, and parsed by parse_head(), which is stricter and faster."""
+    """One connection of a client. The base class writes responses; parse_head() is stricter and faster than it."""
 
     protocol_version = request_version = "HTTP/1.1"
     command, request, extra_headers, close_connection = "", None, (), True
@@ -7235,20 +7219,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def handle(self) -> None:
         """Serve requests, one after the other, until one side closes."""
+        self.worker.busy_counts[self.worker.slot] -= 1
         try:
             if self.app.tls:
                 sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
                 self.connection.sock = sock
-                await self._while_idle(self.connection.call(sock.do_handshake, self.deadline))
+                await self.connection.call(sock.do_handshake, self.deadline)
             while True:
-                self.buffer = self.buffer.lstrip(b"\r\n")  # line ends before a request are ignored (RFC 9112 2.2)
-                if not self.buffer:
+                while not self.buffer.lstrip(b"\r\n"):  # line ends before a request are ignored (RFC 9112 2.2)
                     self.buffer = await self._receive()
-                    continue
+                self.buffer = self.buffer.lstrip(b"\r\n")
                 await self.connection.sendall(await self.handle_one_request(), self.deadline)
                 if self.close_connection:
                     await self.connection.drain(self.deadline)
-                    await self._while_idle(lingering_close(self.connection))
+                    await lingering_close(self.connection)
                     break
         except (OSError, ValueError, Rejected):  # the client is gone, or silent
             pass
@@ -7256,21 +7240,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(OSError, ValueError):
                 close_notify(self.connection.sock)
             self.connection.close()
-            self.worker.forget(self)
-
-    async def _while_idle(self, waiting: Any) -> Any:
-        """Await something while the connection may be closed in favour of another."""
-        self.worker.mark(self, idle=True)
-        try:
-            return await waiting
-        finally:
-            self.worker.mark(self, idle=False)
+            self.worker.connections.pop(self)
+            self.worker.per_address[self.peer] -= 1
 
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection` and `deadline`."""
         self.settings = self.app.settings  # one set from beginning to end
         self.begun, self.received = time.monotonic(), len(self.buffer)
         self.request, self.command, self.unread, self.extra_headers = None, "", CHUNKED, ()
+        self.worker.busy_counts[self.worker.slot] += 1
         try:
             response = await self._respond()
         except Rejected as error:
@@ -7281,6 +7259,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             log_exception(None)
             response = self.rejection(make_reply("our-fault"))
         finally:
+            self.worker.busy_counts[self.worker.slot] -= 1
             self.app.octets_in_flight -= self.in_flight
             self.in_flight = 0
         if 0 < self.unread <= len(self.buffer):  # a refused body that has arrived already
@@ -7292,6 +7271,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
         octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
         self.begun, self.received = time.monotonic(), 0  # its turn to take it, and for a new request
+        self.worker.connections.move_to_end(self)
         return octets
 
     async def _respond(self) -> Response:
@@ -7330,14 +7310,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _endpoint(self, request: Request) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
         method = "GET" if request.method == "HEAD" else request.method
-        endpoint = ENDPOINTS.get((method, route_key(request.path)))
-        if not endpoint:
-            if not allowed_methods(request.path):
-                hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
-                raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
-            if method != "OPTIONS":
-                raise Rejected(make_reply("method", word=method))
-        return endpoint or Endpoint(lambda *_: Response(204, b"", (("Allow", allowed_methods(request.path)),)))
+        if endpoint := ENDPOINTS.get((method, route_key(request.path))):
+            return endpoint
+        allowed = allowed_methods(request.path)
+        if not allowed:
+            hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
+            raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
+        if method != "OPTIONS":
+            raise Rejected(make_reply("method", word=method))
+        return Endpoint(lambda *_: Response(204, b"", (("Allow", allowed),)))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
@@ -7355,12 +7336,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         headers = [("Server", "Haineko"), ("Date", http_date(int(time.time())))]
         if response.status != 204:
             headers += ("Content-Type", response.type), ("Content-Length", str(len(response.body)))
+        if self.close_connection or self.request.is_http10:
+            headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
         for name, value in (*headers, *response.headers, *self.extra_headers):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        elif self.request.is_http10:
-            self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
@@ -7384,7 +7363,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def _receive(self, limit: int = 16384) -> bytes:
         """Return octets from the client; raise Rejected at the deadline, ConnectionError at the end."""
         try:
-            octets = await self._while_idle(self.connection.recv(limit, self.deadline))
+            octets = await self.connection.recv(limit, self.deadline)
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
@@ -7430,8 +7409,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         body, total, size = bytearray(), 0, 1
         while size:
             line = await self._read_until(b"\r\n", 4096, "bad-request", "chunk line")
-            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
-            if not found:
+            if not (found := re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)):
                 raise Rejected(make_reply("bad-request", "chunk size"))
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
@@ -7468,13 +7446,12 @@ class Worker:
 
     def __init__(self, supervisor: Supervisor, slot: int = 0) -> None:
         self.app = App(supervisor.settings, supervisor.wakeup_pair[1], supervisor.limits)
-        self.listeners, self.parent_pipe = supervisor.listeners, supervisor.parent_pipe
+        self.listeners, self.parent = supervisor.listeners, supervisor.pid
         self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop, is_of_queue = EventLoop(), slot == len(self.busy_counts)
         self.queue_manager = QueueManager(self.app, supervisor.wakeup_pair[0]) if is_of_queue else None
-        self.connections: set = set()
+        self.connections: OrderedDict = OrderedDict()  # as keys; that whose client's turn began first is the first
         self.per_address: Counter = Counter()  # of the connections
-        self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
 
     async def serve(self) -> None:
@@ -7486,12 +7463,12 @@ class Worker:
             self.loop.add_signal_handler(number, self.stopped.set)
         self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
-        for sock in (*self.listeners, self.parent_pipe):
+        for sock in self.listeners:
             sock.setblocking(False)
-        listeners, parent = list(map(AsyncSocket, self.listeners)), AsyncSocket(self.parent_pipe)
+        listeners = list(map(AsyncSocket, self.listeners))
         work = [self.queue_manager.run()] if self.queue_manager else map(self._accept, listeners)
-        for waiting in (*work, self._housekeeping(), parent.recv(1, float("inf"))):
-            self.loop.create_task(self._stop_after(waiting))
+        for coroutine in (*work, self._housekeeping()):  # it can't do without any: if one fails, another worker begins
+            self.loop.create_task(coroutine).add_done_callback(lambda _: self.stopped.set())
         await self.stopped.wait()
         self.app.stopping = True
         began = now = time.monotonic()
@@ -7501,25 +7478,17 @@ class Worker:
         deliveries = self.queue_manager.in_flight if self.queue_manager else {}
         while now < began + SHUTDOWN_TIMEOUT and (self.connections or any(deliveries.values())):
             patient = now <= began + LINGER_TIMEOUT
-            for one in list(self.idle):
-                if not (one.request or (patient and (one.buffer or one.connection.outbox))):
-                    self._interrupt(one)  # no request has begun, and no response is on its way
+            for one in self.connections:
+                if not (one.request or one.connection.outbox or (patient and one.buffer)):
+                    one.connection.abort(ConnectionAbortedError("stopping"))  # no request has begun, and all is sent
             await asyncio.sleep(0.02)
             now = time.monotonic()
         await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
 
-    async def _stop_after(self, waiting: Any) -> None:
-        """Stop when something ends that the worker can't do without: another takes over, or the supervisor is dead."""
-        try:
-            await waiting
-        except Exception:
-            log_exception("worker")
-        self.stopped.set()
-
     async def _accept(self, listener: AsyncSocket) -> None:
         while listener.sock.fileno() >= 0:
             least, limit = min(self.busy_counts), self.app.settings.httpd.max_connections
-            if len(self.connections) - len(self.idle) > least + least // 4:  # of many, some more make no difference
+            if self.busy_counts[self.slot] > least + least // 4:  # of many, some more make no difference
                 await asyncio.sleep(0.001)  # a worker that is less busy takes the connection
             try:
                 sock, peer = listener.sock.accept()
@@ -7529,81 +7498,55 @@ class Worker:
                 continue
             except OSError as error:  # the client is gone, or no file is left
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await asyncio.sleep(0 if self._close_idlest() else 0.05)
+                    await asyncio.sleep(0 if self._close_one() else 0.05)
                 continue
             sock.setblocking(False)
             with contextlib.suppress(OSError):  # a Unix socket, or macOS and the client is gone already
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(sock, peer, self)
-            if len(self.connections) >= limit and not await self._make_room(limit):
+            for attempt in range(5):
+                if len(self.connections) < limit or (attempt > 1 and self._close_one()):
+                    break
+                await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
+            else:
                 self.loop.create_task(self._reject_503(connection))
                 continue
-            self.connections.add(connection)
+            self.connections[connection] = None
             self.per_address[connection.peer] += 1
-            self.mark(connection, idle=False)
+            self.busy_counts[self.slot] += 1  # until its task begins
             self.loop.create_task(connection.handle())
-
-    async def _make_room(self, limit: int) -> bool:
-        """Return True if there is room for another connection, or one was closed in its favour."""
-        for attempt in range(4):
-            await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
-            if len(self.connections) < limit or (attempt and self._close_idlest()):
-                return True
-        return False
-
-    def mark(self, connection: Connection, idle: bool) -> None:
-        """Note whether a connection waits for its client."""
-        if idle:
-            self.idle[connection] = None
-        else:
-            self.idle.pop(connection, None)
-        self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
-
-    def forget(self, connection: Connection) -> None:
-        if connection in self.connections:
-            self.connections.discard(connection)
-            self.per_address[connection.peer] -= 1
-            if not self.per_address[connection.peer]:
-                del self.per_address[connection.peer]
-        self.mark(connection, idle=False)
 
     async def _reject_503(self, connection: Connection) -> None:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
         octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         metrics.add("haineko_http_requests_total", "other", 503)
-        deadline = time.monotonic() + LINGER_TIMEOUT
         self.lingering_503s += 1
         with contextlib.suppress(OSError):
             if not self.app.tls:
-                await sock.sendall(octets, deadline)
-                await sock.drain(deadline)
+                await sock.sendall(octets, connection.deadline)
+                await sock.drain(connection.deadline)
                 if self.lingering_503s <= MAX_LINGERING_503:
                     await lingering_close(sock)
         self.lingering_503s -= 1
         sock.close()
 
-    def _close_idlest(self) -> bool:
-        """Close the idle connection that brought least for its time; return False if none is idle. Those of an address
-        with more than a quarter of max_connections go first, unless it stands for many clients."""
+    def _close_one(self) -> bool:
+        """Close the connection that has brought least for its time, of those that wait for their clients; False if none
+        does. Those of an address with more than a quarter of max_connections go first, except for a proxy's."""
         httpd, now = self.app.settings.httpd, time.monotonic()
 
         def precedence(one: Connection) -> tuple:
             is_crowded = self.per_address[one.peer] > httpd.max_connections // 4
-            stands_for_many = one.port is None or one.peer in httpd.trusted_proxies
-            return stands_for_many or not is_crowded, (one.received + 500) / max(now - one.begun, 1)  # octets a second
+            is_proxy = one.port is None or one.peer in httpd.trusted_proxies
+            return is_proxy or not is_crowded, (one.received + 500) / max(now - one.begun, 1)  # octets a second
 
-        return any(map(self._interrupt, sorted(itertools.islice(self.idle, MAX_VICTIMS), key=precedence)))
-
-    def _interrupt(self, connection: Connection) -> bool:
-        """Abort an idle connection; return False if something has just arrived on it."""
-        found = connection.connection.abort(ConnectionAbortedError("closed for another"))
-        if found:
-            self.forget(connection)
-        return found
+        waiting = (one for one in self.connections if one.connection.future and not one.connection.future.done())
+        victims = sorted(itertools.islice(waiting, MAX_VICTIMS), key=precedence)
+        return any(one.connection.abort(ConnectionAbortedError("closed for another")) for one in victims)
 
     async def _housekeeping(self) -> None:
-        """Once a second, show that this loop is not stuck, close idle SMTP sessions, and update the log and metrics."""
-        while True:
+        """Once a second, while the supervisor lives, show that this loop is not stuck, and do what is due."""
+        while os.getppid() == self.parent:
             metrics.beat()
             log.reopen()
             await self.app.transport.sweep()
@@ -7611,8 +7554,10 @@ class Worker:
             metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
             metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
             metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
-            metrics.set("haineko_connections", "idle", to=len(self.idle))
-            metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
+            self.per_address = +self.per_address  # without those that have none left
+            busy = sum([bool(one.request) for one in self.connections])
+            metrics.set("haineko_connections", "idle", to=len(self.connections) - busy)
+            metrics.set("haineko_connections", "busy", to=busy)
             await asyncio.sleep(1.0)
 
     async def _reread(self) -> None:
@@ -7627,7 +7572,7 @@ class Supervisor:
     """Process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
-        self.settings, self.listeners = settings, listeners
+        self.settings, self.listeners, self.pid = settings, listeners, os.getpid()
         workers = settings.httpd.workers or os.cpu_count() or 1
         self.busy_counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("i")  # busy connections of each; for all to see
         self.slots = range(workers + bool(settings.queue))  # indices in busy_counts; the last is the queue's process
@@ -7649,7 +7594,6 @@ class Supervisor:
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in (*SIGNALS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)  # its number is written to `wake`
-        self.parent_pipe, self.child_pipe_end = socket.socketpair()
         metrics.allocate(METRICS, len(self.busy_counts) + 2)  # the last rows: the queue's process, the supervisor
         metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
         metrics.set("haineko_reload_success", to=1)
@@ -7661,11 +7605,7 @@ class Supervisor:
         where = " ".join(url_of(listener, bool(self.settings.httpd.tls)) for listener in self.listeners)
         self._notify("READY=1", f"STATUS=listens at {where}")
         while not self.stopping:
-            numbers = b""
-            with contextlib.suppress(socket.timeout):
-                numbers = alarm.recv(4096)
-            self.stopping = signal.SIGTERM in numbers or signal.SIGINT in numbers
-            self._reap()
+            numbers = self._wait(alarm)
             log.reopen()
             if not self.stopping:
                 self._check_heartbeats(time.monotonic())
@@ -7715,7 +7655,6 @@ class Supervisor:
     def _become_worker(self, slot: int) -> None:
         code = 1
         try:
-            self.child_pipe_end.close()
             if slot < len(self.busy_counts):
                 self.busy_counts[slot] = 0  # its predecessor has left a number there
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -7731,11 +7670,14 @@ class Supervisor:
             log.flush()
             os._exit(code)  # without waiting for threads, and without the supervisor's cleanup
 
-    def _reap(self) -> None:
-        while self.workers:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
+    def _wait(self, alarm: socket.socket) -> bytes:
+        """Wait for signals, a second at most, and note which workers have ended; return the signals' numbers."""
+        numbers = b""
+        with contextlib.suppress(socket.timeout):
+            numbers = alarm.recv(4096)
+        self.stopping = self.stopping or signal.SIGTERM in numbers or signal.SIGINT in numbers
+        while self.workers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = ended
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
                 name = "worker" if slot < len(self.busy_counts) else "queue process"
@@ -7744,6 +7686,7 @@ class Supervisor:
                 metrics.add("haineko_workers_restarted_total")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
+        return numbers
 
     def _watch(self, is_requested: bool) -> None:
         """Apply settings that changed, or log their faults once; a reload may be requested by SIGHUP."""
@@ -7787,9 +7730,7 @@ class Supervisor:
         self._signal(self.workers, signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
-            with contextlib.suppress(socket.timeout):
-                alarm.recv(4096)
-            self._reap()
+            self._wait(alarm)
         self._signal(self.workers, signal.SIGKILL)
         log.lines("stopped")
         return 0

@@ -139,10 +139,10 @@ def posted(submission, force: haineko.Settings | None = None, client: str = "127
     return answer.status, json.loads(answer.body)
 
 
-def lone_worker(force: haineko.Settings, parent_pipe: socket.socket) -> haineko.Worker:
+def lone_worker(force: haineko.Settings) -> haineko.Worker:
     """A worker without a supervisor and listeners."""
     shared = {"busy_counts": [0], "wakeup_pair": (None, None), "limits": None}
-    return haineko.Worker(SimpleNamespace(settings=force, listeners=[], parent_pipe=parent_pipe, **shared))
+    return haineko.Worker(SimpleNamespace(settings=force, listeners=[], pid=os.getpid(), **shared))
 
 
 def over_http(octets: bytes, force: haineko.Settings, client: str = "127.0.0.1") -> tuple:
@@ -152,10 +152,12 @@ def over_http(octets: bytes, force: haineko.Settings, client: str = "127.0.0.1")
         here.sendall(octets)
         here.shutdown(socket.SHUT_WR)
         there.setblocking(False)
-        worker = lone_worker(force, here)
+        worker = lone_worker(force)
 
         async def handled() -> None:
-            await asyncio.wait_for(haineko.Connection(there, (client, 50320), worker).handle(), 10)
+            connection = haineko.Connection(there, (client, 50320), worker)
+            worker.connections[connection] = None
+            await asyncio.wait_for(connection.handle(), 10)
 
         worker.loop.run_until_complete(handled())
         worker.loop.close()
@@ -12512,12 +12514,9 @@ class Workers(Peers):
 
     def test_of_settings_that_are_read_at_once_the_last_ones_count(self) -> None:
         server = self.server({})
-        lifeline, other = socket.socketpair()
-        self.addCleanup(other.close)
-        self.addCleanup(lifeline.close)
         force, faults = haineko.load_settings(server.path)
         self.assertEqual(faults, [])
-        worker = lone_worker(force, lifeline)
+        worker = lone_worker(force)
         self.addCleanup(worker.loop.close)
         server.write({"mailertable": {f"{i}.example": {"mailer": "Discard"} for i in range(5000)}})
 
@@ -12587,6 +12586,51 @@ class Workers(Peers):
                 with server.wire() as late:
                     self.assertEqual(late.ask(post())[0], 200)
                 del good
+
+    def test_who_sends_gives_way_after_who_does_not(self) -> None:
+        server = self.server({"httpd": {"max_connections": 4}})
+        body = as_body(document(body="x" * 4000))
+
+        def begun(wire: HttpClient, part: str) -> HttpClient:
+            """A connection of whose request the server has read a part."""
+            wire.send(posting(f"Content-Length: {len(body)}", "Expect: 100-continue", body=part))
+            self.assertIn(b"100 Continue", wire.sock.recv(100))
+            return wire
+
+        with begun(server.wire(), body[:3000].decode()) as sender, contextlib.ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(begun(server.wire(), "{"))
+            for _ in range(12):
+                self.assertEqual(server.ask(get("/neko"))[0], 200)
+            self.assertEqual(sender.ask(body[3000:])[0], 200)
+
+    def test_connections_of_one_address_give_way_first(self) -> None:
+        worker = lone_worker(replace(settings(), httpd=replace(settings().httpd, max_connections=8)))
+        self.addCleanup(worker.loop.close)
+        cases = (  # address, port (None: Unix socket), octets, seconds; in the order in which they give way
+            ("192.0.2.2", 5, 8000, 9), ("", None, 0, 9), ("192.0.2.1", 5, 10, 9), ("", None, 0, 8),
+            ("", None, 8000, 9), ("192.0.2.2", 5, 9000, 9), ("192.0.2.2", 5, 9000, 1),
+        )  # fmt: skip
+
+        async def story() -> None:
+            tasks = []
+            for address, port, octets, seconds in cases:
+                here, there = socket.socketpair()
+                self.addCleanup(here.close)
+                there.setblocking(False)
+                one = haineko.Connection(there, (address, port) if port else address, worker)
+                one.received, one.begun = octets, time.monotonic() - seconds
+                worker.connections[one] = None
+                worker.per_address[one.peer] += 1
+                tasks.append(asyncio.ensure_future(one.handle()))
+            for i in range(len(cases)):
+                await asyncio.sleep(0.01)
+                self.assertEqual([task.done() for task in tasks], [done < i for done in range(len(cases))])
+                self.assertTrue(worker._close_one())
+            await asyncio.wait(tasks)
+            self.assertFalse(worker._close_one())
+
+        worker.loop.run_until_complete(story())
 
     def test_octets_in_flight_are_bounded(self) -> None:
         server = self.server({"httpd": {"timeout": 20}})
@@ -12820,6 +12864,15 @@ class MetricsServed(Peers):
             self.assertEqual(first[f'haineko_delivery_seconds_bucket{{relay="{relay}",le="+Inf"}}'], 0)
         for name, value in (("haineko_reload_success", 1), ("haineko_workers_restarted_total", 0)):
             self.assertEqual(first[name], value)
+        for name in (
+            "cpu_seconds_total",
+            "start_time_seconds",
+            "virtual_memory_bytes",
+            "resident_memory_bytes",
+            "max_fds",
+        ):
+            self.assertGreater(first[f"process_{name}"], 0)
+        self.assertEqual(first["process_open_fds"], len(os.listdir(f"/proc/{server.process.pid}/fd")))
         self.assertEqual(first[f'haineko_build_info{{version="1.0.0",python="{sys.version.split()[0]}"}}'], 1)
         server.submit("a@example.jp")
         server.submit("a@example.jp", "no@example.jp", "later@example.jp")
@@ -12970,6 +13023,10 @@ class UnderSystemd(Peers):
             self.assertEqual(server.ask(post(document(rcpt=["a@example.jp"])), i=i)[0], 200)
         server.stop()
         self.assertTrue(os.path.exists(self.path + ".http"))  # systemd's
+        own = self.server("", httpd={"listen": f"unix:{self.path}.own"})
+        self.assertTrue(os.path.exists(self.path + ".own"))
+        own.stop()
+        self.assertFalse(os.path.exists(self.path + ".own"))
 
 
 class Commands(Folder, Peers):
