@@ -2936,28 +2936,24 @@ def html_to_text(html: str) -> str:
 class HTMLTextExtractor(HTMLParser):
     """Parser that writes down the text of HTML, with marks for its layout."""
 
+    CDATA_CONTENT_ELEMENTS = ("script", "style", "title", "template")  # all within them is data, which is not shown
+
     def __init__(self) -> None:
         super().__init__()
         self.out: list = []
-        self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
+        self.pre_depth = 0  # of <pre>
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        if self.hidden:
-            return
         values = dict(attrs)
         self.out.append(BLOCK_MARKS.get(tag, "") + START_MARKS.get(tag, ""))
         if tag == "a":
             self.link, self.link_start = values.get("href") or "", len(self.out)
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
-        self.hidden = tag if tag in ("script", "style", "title", "template") else ""
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
-        if self.hidden:
-            self.hidden = "" if tag == self.hidden else self.hidden
-            return
         self.out.append(BLOCK_MARKS.get(tag, ""))
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
         if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
@@ -2967,7 +2963,7 @@ class HTMLTextExtractor(HTMLParser):
             self.link = ""
 
     def handle_data(self, data: str) -> None:
-        if not self.hidden:
+        if self.cdata_elem not in self.CDATA_CONTENT_ELEMENTS:
             self.out.append(data.translate(PREFORMATTED) if self.pre_depth else re.sub(r"[ \t-\r]+", " ", data))
 
 
@@ -3045,8 +3041,6 @@ def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
-    with contextlib.suppress(UnicodeEncodeError):
-        return text.translate(CP932_TO_JIS).encode("iso2022_jp")
     table, out = jis_extensions(), []
     for i, run in enumerate(re.split(f"([{''.join(table)}]+)", wide_kana(text).translate(CP932_TO_JIS))):
         out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) if i % 2 else run.encode("iso2022_jp"))
@@ -3192,13 +3186,10 @@ FALLBACK_ROUTE = Route(port=25)
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels."""
     tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
-    for name, table, key in tables:
-        for row in lookup_keys(key.lower()) if table else ():
-            if row in table:
-                return table[row], f'{name}["{row}"]'
-    for name, table, _ in tables:
-        if "default" in table:
-            return table["default"], f"{name}.default"
+    rows = [(name, table, row) for name, table, key in tables if table for row in lookup_keys(key.lower())]
+    for name, table, row in (*rows, *((name, table, "default") for name, table, _ in tables)):
+        if row in table:
+            return table[row], f"{name}.default" if row == "default" else f'{name}["{row}"]'
     return FALLBACK_ROUTE, "no route matches"
 
 
@@ -3259,11 +3250,12 @@ class SharedLimits:
     A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
     octet of a file without a name, so that the kernel gives back those of a process that died."""
 
-    SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
+    SLOTS, PROBES = 4096, 16  # places in the table; how many are looked at for one key
     MAX_SESSIONS = 1 << 16  # octets that one route may lock; the first octet is locked while the table is in use
 
     def __init__(self) -> None:
-        self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
+        self.fingerprints = memoryview(mmap.mmap(-1, 8 * self.SLOTS)).cast("q")  # of keys; 0: the place is free
+        self.arrivals = memoryview(mmap.mmap(-1, 8 * self.SLOTS)).cast("d")  # monotonic times
         self.file: Any = os.memfd_create("haineko") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115
         self.lock = threading.Lock()  # locks of files hold between processes only
         self.sessions: set = set()  # octets locked by this process; fcntl does not report a process's own locks
@@ -3272,19 +3264,19 @@ class SharedLimits:
         """Take `count` units, or none if there are not enough of them yet, and then none for `block` seconds more."""
         fingerprint = hash(key) | 1  # not 0; the same in all processes that are forked
         each, now = rate.seconds / rate.limit, time.monotonic()
-        first = 2 * (fingerprint % (self.SLOTS - self.PROBES))
-        places = range(first, first + 2 * self.PROBES, 2)
+        first = fingerprint % (self.SLOTS - self.PROBES)
+        places = range(first, first + self.PROBES)
         with self.lock:
             fcntl.lockf(self.file, fcntl.LOCK_EX, 1)
-            own = [place for place in places if self.cells[place] == fingerprint]
-            cell = own[0] if own else min(places, key=lambda place: self.cells[place + 1])  # free, or due first
-            arrival = max(self.cells[cell + 1] / 1e6, now) if own else now
+            own = [place for place in places if self.fingerprints[place] == fingerprint]
+            place = own[0] if own else min(places, key=self.arrivals.__getitem__)  # free, or due first
+            arrival = max(self.arrivals[place], now) if own else now
             wait = arrival + each * min(count, rate.limit) - now - rate.seconds
             if wait < 1e-6:
                 wait, arrival = 0.0, arrival + each * min(count, rate.limit)
             elif block and arrival <= now + rate.seconds:  # it was not blocked yet
                 wait, arrival = float(block), now + rate.seconds + block - each
-            self.cells[cell], self.cells[cell + 1] = fingerprint, round(arrival * 1e6)
+            self.fingerprints[place], self.arrivals[place] = fingerprint, arrival
             fcntl.lockf(self.file, fcntl.LOCK_UN, 1)
         return RateState(wait, max(int((now + rate.seconds - arrival) / each + 1e-6), 0), arrival - now)
 
@@ -3440,7 +3432,6 @@ A, CNAME, MX, TXT, AAAA = 1, 5, 15, 16, 28  # record types
 NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 TRUNCATED = 16  # none of them: the message is not complete, or has too many records
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
-MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
 
 
@@ -3452,7 +3443,7 @@ class DNSAnswer(NamedTuple):
 
 class ResourceRecord(NamedTuple):
     name: str
-    rtype: int  # 0 if malformed or of another class
+    rtype: int
     ttl: int  # seconds
     value: Any  # as in DNSAnswer; CNAME: name
 
@@ -3464,7 +3455,6 @@ class TTLCache:
         self.limit, self.clock, self.table = limit, clock, {}
 
     def get(self, key: Any) -> Any:
-        """Return the value, None if there is none or it has expired."""
         value, until = self.table.pop(key, (None, 0.0))
         if until <= self.clock():
             return None
@@ -3596,38 +3586,37 @@ def parse_response(octets: bytes, number: int, name: str, rtype: int) -> tuple:
         question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
         if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
-        if flags & 0x0200 or answers > MAX_RECORDS:
+        if flags & 0x0200 or answers > 512:
             return TRUNCATED, []
         records, at = [], at + 4
         for _ in range(answers):
-            record, at = read_record(octets, at)
-            records.append(record)
+            owner, at = read_name(octets, at)
+            kind, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
+            value = read_value(octets, at + 10, length, kind if rclass == 1 else 0)
+            if value is not None:
+                records.append(ResourceRecord(owner, kind, ttl if ttl < 1 << 31 else 0, value))  # RFC 2181 8
+            at += 10 + length
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
     return flags & 15, records
 
 
-def read_record(octets: bytes, at: int) -> tuple:
-    """Return (ResourceRecord, offset behind it)."""
-    name, at = read_name(octets, at)
-    rtype, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
-    at += 10
-    data, after = octets[at : at + length], at + length
+def read_value(octets: bytes, at: int, length: int, rtype: int) -> Any:
+    """Return the value of a record, None if it is malformed or of a type that is not used here."""
+    data = octets[at : at + length]
     if len(data) < length:
         raise ValueError("incomplete record")
-    value: Any = None
     if (rtype, length) in ((A, 4), (AAAA, 16)):
-        value = str(ipaddress.ip_address(data))
-    elif rtype == CNAME:
-        value = read_name(octets, at)[0]
-    elif rtype == MX:
-        value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
-    elif rtype == TXT:
+        return str(ipaddress.ip_address(data))
+    if rtype == CNAME:
+        return read_name(octets, at)[0]
+    if rtype == MX:
+        return int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
+    if rtype == TXT:
         stream = io.BytesIO(data)
         strings = [stream.read(length) for (length,) in iter(lambda: stream.read(1), b"")]
-        value = b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
-    known = rclass == 1 and value is not None
-    return ResourceRecord(name, rtype if known else 0, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+        return b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
+    return None
 
 
 def read_name(octets: bytes, at: int) -> tuple:
