@@ -2794,11 +2794,11 @@ def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every version of Python has
-    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
-    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
-    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
-    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
+    ".ods": "application/vnd.oasis.opendocument.spreadsheet", ".odt": "application/vnd.oasis.opendocument.text",
+    ".pptx": _OFFICE + "presentationml.presentation", ".docx": _OFFICE + "wordprocessingml.document",
+    ".xlsx": _OFFICE + "spreadsheetml.sheet", ".7z": "application/x-7z-compressed", ".tgz": "application/gzip",
+    ".gz": "application/gzip", ".rtf": "application/rtf", ".ics": "text/calendar", ".md": "text/markdown",
+    ".webp": "image/webp",
 }  # fmt: skip
 
 # Marks in the output of HTMLTextExtractor: a new cell of a table, a line end, "on a line of its own", a paragraph. They
@@ -2862,10 +2862,9 @@ def _compose(submission: Submission, charset: str, trace: str, queueid: str, hos
     files = [file_part(item, charset) for item in submission.attachments if not (html and item.cid)]
     whole = text_part("plain", submission.body or html_to_text(html), charset)
     if html:
-        shown = text_part("html", html, charset)
-        shown = multipart("related", queueid, shown, *pictures) if pictures else shown
+        shown = multipart("related", queueid, text_part("html", html, charset), *pictures)
         whole = multipart("alternative", queueid, whole, shown)
-    whole = multipart("mixed", queueid, whole, *files) if files else whole
+    whole = multipart("mixed", queueid, whole, *files)
     *parts, last = octets.split(b"\0")  # where Message.copy() inserts what differs
     utf8 = not octets.isascii()  # only an address can be other than ASCII
     return Message((*parts, b"".join([last, *whole])), utf8, utf8)
@@ -2883,8 +2882,10 @@ def text_part(subtype: str, text: str, charset: str) -> list:
 
 
 def multipart(subtype: str, queueid: str, *parts: Any) -> list:
-    """Return the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
-    boundary = f"=_{queueid}.{subtype}"
+    """Return the octets of a multipart, whose boundary occurs in no part; one part alone stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    boundary = f"=_{queueid}.{subtype}"  # the queue id is random
     root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
     pieces = [f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()]
     for part in parts:
@@ -3139,18 +3140,18 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
         with contextlib.suppress(UnicodeDecodeError, LookupError):
             text, known = value.decode(codec), "UTF-8"
     encode = functools.partial(encoded_words, charset=known, used=len(label) + 3)
-    text, tokens = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip())), []
-    if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
-        if name in PARAMETER_FIELDS:
-            names = {found[1].lower() for found in PARAMETER.finditer(text)}
-            text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
-        text = encode_phrases(text, encode) if name in MAILBOX_FIELDS else text
-        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
-        tokens = text.split(" ") if name in MAILBOX_FIELDS else [text]
-    else:
-        for i, piece in enumerate(ENCODED_WORDS.split(text)):
-            tokens += [piece] if i % 2 else encode(piece) if piece.strip() else []
-    return fold(f"{label}:", tokens).encode() + b"\r\n"
+    text = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip()))
+    if name in PARAMETER_FIELDS:
+        names = {found[1].lower() for found in PARAMETER.finditer(text)}
+        text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
+    elif name in MAILBOX_FIELDS:
+        text = encode_phrases(text, encode)
+    elif not STRUCTURED_FIELDS.fullmatch(name):
+        pieces = enumerate(ENCODED_WORDS.split(text))
+        words = [[piece] if i % 2 else encode(piece) for i, piece in pieces if piece.strip()]
+        return fold(f"{label}:", itertools.chain(*words)).encode() + b"\r\n"
+    text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
+    return fold(f"{label}:", text.split(" ") if name in MAILBOX_FIELDS else [text]).encode() + b"\r\n"
 
 
 def encode_phrases(text: str, encode: Callable) -> str:
@@ -3256,7 +3257,8 @@ class SharedLimits:
     def __init__(self) -> None:
         self.fingerprints = memoryview(mmap.mmap(-1, 8 * self.SLOTS)).cast("q")  # of keys; 0: the place is free
         self.arrivals = memoryview(mmap.mmap(-1, 8 * self.SLOTS)).cast("d")  # monotonic times
-        self.file: Any = os.memfd_create("haineko") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115
+        in_memory = functools.partial(os.memfd_create, "haineko") if hasattr(os, "memfd_create") else None
+        self.file: Any = (in_memory or tempfile.TemporaryFile)()
         self.lock = threading.Lock()  # locks of files hold between processes only
         self.sessions: set = set()  # octets locked by this process; fcntl does not report a process's own locks
 
@@ -3433,19 +3435,15 @@ NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 TRUNCATED = 16  # none of them: the message is not complete, or has too many records
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
 MAX_ALIASES = 8  # CNAME records followed for one answer
+NEGATIVE_TTL = 60  # seconds for which it is cached that there is no such record
 
 
 class DNSAnswer(NamedTuple):
     code: int  # NOERROR, NXDOMAIN, or SERVFAIL if no name server gave an answer
     values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty if there is no such record
     why: str = ""  # the reason for SERVFAIL
-
-
-class ResourceRecord(NamedTuple):
-    name: str
-    rtype: int
-    ttl: int  # seconds
-    value: Any  # as in DNSAnswer; CNAME: name
+    alias: str = ""  # the name to look up in place of this one
+    ttl: int = 0  # seconds for which it may be cached
 
 
 class TTLCache:
@@ -3485,7 +3483,7 @@ class Resolver:
 
     QUERY_TIMEOUT = 3.0  # seconds for one server to answer
     ATTEMPTS = 3  # rounds in which each server is asked
-    MAX_TTL, NEGATIVE_TTL = 86400, 60  # seconds
+    MAX_TTL = 86400  # seconds
 
     def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
         self.nameservers, self.cache, self.calls = nameservers, TTLCache(4096, clock), {}
@@ -3499,35 +3497,31 @@ class Resolver:
         """Ask for the name and for each alias: an answer counts for its own name alone."""
         key, ttl = (name, rtype), self.MAX_TTL
         for _ in range(MAX_ALIASES + 1):
-            code, records, why = await self._query(name, rtype, deadline)
-            own = [record for record in records if record.name == name and record.rtype in (rtype, CNAME)]
-            found = tuple(record.value for record in own if record.rtype == rtype)
-            ttl = min([ttl, *([record.ttl for record in own] or [self.NEGATIVE_TTL])])
-            if found or not own:
+            answer = await self._query(name, rtype, deadline)
+            ttl, name = min(ttl, answer.ttl), answer.alias
+            if not name:
                 break
-            name = own[0].value
         else:
-            code, why = SERVFAIL, f"more than {MAX_ALIASES} aliases"
-        answer = DNSAnswer(NOERROR if found else code, found, why)
-        self.cache.put(key, answer, 0 if why else ttl)
+            answer, ttl = DNSAnswer(SERVFAIL, why=f"more than {MAX_ALIASES} aliases"), 0
+        self.cache.put(key, answer, ttl)
         return answer
 
-    async def _query(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (code, [ResourceRecord, ...], "") of the first positive or negative answer; or (SERVFAIL, [], why)."""
+    async def _query(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        """Return the first positive or negative answer, or SERVFAIL if no server gives one."""
         if len(name) > 253:  # RFC 1035 2.3.4
-            return NXDOMAIN, [], ""
+            return DNSAnswer(NXDOMAIN)
         servers = tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers("/etc/resolv.conf")
         for server in servers * self.ATTEMPTS:
             try:
-                code, records = await query(server, name, rtype, min(deadline, time.monotonic() + self.QUERY_TIMEOUT))
-                if code in (NOERROR, NXDOMAIN):
-                    return code, records, ""
-                why = f"{server[0]} answers {RCODES.get(code, code)}"
+                answer = await query(server, name, rtype, min(deadline, time.monotonic() + self.QUERY_TIMEOUT))
+                if answer.code in (NOERROR, NXDOMAIN):
+                    return answer
+                why = f"{server[0]} answers {RCODES.get(answer.code, answer.code)}"
             except (OSError, ValueError) as error:
                 why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
-        return SERVFAIL, [], why
+        return DNSAnswer(SERVFAIL, why=why)
 
 
 def resolv_conf_servers(path: str) -> tuple:
@@ -3539,8 +3533,8 @@ def resolv_conf_servers(path: str) -> tuple:
     return tuple(filter(None, endpoints))[:3] or (("127.0.0.1", 53),)
 
 
-async def query(server: tuple, name: str, rtype: int, until: float) -> tuple:
-    """Return (code, ResourceRecords) of a server's response by UDP; by TCP if that is truncated (RFC 7766 5)."""
+async def query(server: tuple, name: str, rtype: int, until: float) -> DNSAnswer:
+    """Return a server's answer by UDP, or by TCP if that is truncated (RFC 7766 5)."""
     question = int(random_unit() * 65536), name, rtype
     labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
     message = struct.pack(">6H", question[0], 0x0100, 1, 0, 0, 0) + b"".join(labels) + struct.pack(">BHH", 0, rtype, 1)
@@ -3549,12 +3543,12 @@ async def query(server: tuple, name: str, rtype: int, until: float) -> tuple:
         await sock.sendall(message, until)
         for _ in range(64):  # a forger may not guess for as long as he likes
             with contextlib.suppress(ValueError):  # forged, late or garbled: the real answer may still come
-                code, records = parse_response(await sock.recv(65535, until), *question)
+                answer = parse_response(await sock.recv(65535, until), *question)
                 break
         else:
             raise ValueError("too many datagrams that do not answer the query")
-    if code != TRUNCATED:
-        return code, records
+    if answer.code != TRUNCATED:
+        return answer
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(message).to_bytes(2, "big") + message, until)  # its length in front, RFC 1035 4.2.2
@@ -3578,8 +3572,8 @@ def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.sock
     return sock
 
 
-def parse_response(octets: bytes, number: int, name: str, rtype: int) -> tuple:
-    """Return (code, ResourceRecords) of the response to that query; ValueError if it answers another one or is none."""
+def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSAnswer:
+    """Parse the response to that query; ValueError if it answers another one or is none."""
     try:
         found, flags, questions, answers = struct.unpack_from(">4H", octets)
         qname, at = read_name(octets, 12)
@@ -3587,18 +3581,21 @@ def parse_response(octets: bytes, number: int, name: str, rtype: int) -> tuple:
         if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
         if flags & 0x0200 or answers > 512:
-            return TRUNCATED, []
-        records, at = [], at + 4
+            return DNSAnswer(TRUNCATED)
+        values, ttls, at = {CNAME: [], rtype: []}, [], at + 4
         for _ in range(answers):
             owner, at = read_name(octets, at)
             kind, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
-            value = read_value(octets, at + 10, length, kind if rclass == 1 else 0)
-            if value is not None:
-                records.append(ResourceRecord(owner, kind, ttl if ttl < 1 << 31 else 0, value))  # RFC 2181 8
+            value = read_value(octets, at + 10, length, kind)
+            if (owner, rclass) == (qname, 1) and kind in values and value is not None:
+                values[kind].append(value)
+                ttls.append(ttl if ttl < 1 << 31 else 0)  # RFC 2181 8
             at += 10 + length
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
-    return flags & 15, records
+    code, ttl = NOERROR if values[rtype] else flags & 15, min(ttls, default=NEGATIVE_TTL)
+    alias = "".join(values[CNAME][:1]) if not values[rtype] else ""
+    return DNSAnswer(code, tuple(values[rtype]), alias=alias, ttl=ttl)
 
 
 def read_value(octets: bytes, at: int, length: int, rtype: int) -> Any:

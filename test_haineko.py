@@ -5109,16 +5109,17 @@ class DnsMessages(unittest.TestCase):
         ):
             with self.subTest(kind=kind, given=given):
                 record = wire_record("Neko.Example", kind, given, 61)
-                _, found = self.parse(self.QUESTION.answer(record))
-                self.assertEqual(found, [haineko.ResourceRecord("neko.example", kind, 61, wanted)])
+                found = self.parse(self.QUESTION.answer(record, kind=kind), kind=kind)
+                self.assertEqual(found, haineko.DNSAnswer(haineko.NOERROR, (wanted,), ttl=61))
+                found = self.parse(self.QUESTION.answer(record, kind=99), kind=99)
+                alias = wanted if kind == haineko.CNAME else ""
+                self.assertEqual(found, haineko.DNSAnswer(haineko.NOERROR, (), "", alias, 61 if alias else 60))
 
     def test_names_are_decompressed(self):
         # the answer points at the question's name, its host at "example" within that
         octets = self.QUESTION.answer() + b"\xc0\x0c\0\x0f\0\x01\0\0\0\x3c\0\x07\0\x05\x02mx\xc0\x11"
         octets = octets[:6] + b"\0\x01" + octets[8:]
-        self.assertEqual(
-            self.parse(octets)[1], [haineko.ResourceRecord("neko.example", haineko.MX, 60, (5, "mx.example"))]
-        )
+        self.assertEqual(self.parse(octets), haineko.DNSAnswer(haineko.NOERROR, ((5, "mx.example"),), ttl=60))
 
     def test_what_is_no_answer(self):
         good = self.QUESTION.answer(wire_record("neko.example", haineko.MX, (10, "mx.example")))
@@ -5148,7 +5149,7 @@ class DnsMessages(unittest.TestCase):
     def test_a_dot_within_a_label_makes_no_other_name(self):
         octets = self.QUESTION.answer(wire_record("neko.example", haineko.MX, (1, "x"))[:-3] + b"\x04a.jp\0")
         octets = octets.replace(b"\0\x05\0\x01\x04a.jp", b"\0\x08\0\x01\x04a.jp")
-        host = self.parse(octets)[1][0].value[1]
+        host = self.parse(octets).values[0][1]
         self.assertEqual((host, haineko.DOMAIN.fullmatch(host)), ("a\\.jp", None))
 
     def test_rubbish_never_does_more_than_be_refused(self):
@@ -5174,7 +5175,7 @@ class DnsMessages(unittest.TestCase):
             with self.subTest(what):
                 began, code = time.process_time(), haineko.TRUNCATED
                 with contextlib.suppress(ValueError):
-                    code, _ = self.parse(octets)
+                    code = self.parse(octets).code
                 self.assertEqual(code, haineko.TRUNCATED)
                 self.assertLess(time.process_time() - began, 0.2)
         with self.assertRaises(ValueError):
