@@ -2814,7 +2814,6 @@ PREFORMATTED = str.maketrans({" ": "\xa0", "\t": "\xa0" * 8, "\v": "", "\r": ""}
 
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_NEEDS_ENCODING = re.compile(rb"[^\x1b\x20-\x7e\t\r\n]|^[^\r\n]{999}", re.MULTILINE)
 CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")  # Windows' names of JIS X 0208; those of Python's codec
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
@@ -2874,7 +2873,7 @@ def text_part(subtype: str, text: str, charset: str) -> list:
     """Return [header, body] of a part that is text, with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     encoding, body = "7bit", charset_encoder(charset)((text.removesuffix("\n") + "\n").replace("\n", "\r\n"))
-    if (JIS_NEEDS_ENCODING if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
+    if (NOT_7BIT if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
         both = ("quoted-printable", binascii.b2a_qp(body, istext=True)), ("base64", base64_lines(body))
         encoding, body = min(both, key=lambda encoded: len(encoded[1]))
     head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
@@ -3405,10 +3404,10 @@ class AsyncSocket:
 
     def abort(self, error: Exception) -> bool:
         """Raise an exception in the task that waits; False if none does."""
-        if not self.future or self.future.done():
-            return False
-        self.future.set_exception(error)
-        return True
+        waits = bool(self.future) and not self.future.done()
+        if waits:
+            self.future.set_exception(error)
+        return waits
 
     def release(self) -> None:
         """Unregister; the socket itself stays open."""
@@ -3582,7 +3581,7 @@ def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSAnsw
             raise ValueError("not an answer to this query")
         if flags & 0x0200 or answers > 512:
             return DNSAnswer(TRUNCATED)
-        values, ttls, at = {CNAME: [], rtype: []}, [], at + 4
+        values, ttls, at = {CNAME: [], rtype: []}, [], at + 4  # of the records of this name
         for _ in range(answers):
             owner, at = read_name(octets, at)
             kind, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
@@ -3593,9 +3592,8 @@ def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSAnsw
             at += 10 + length
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
-    code, ttl = NOERROR if values[rtype] else flags & 15, min(ttls, default=NEGATIVE_TTL)
-    alias = "".join(values[CNAME][:1]) if not values[rtype] else ""
-    return DNSAnswer(code, tuple(values[rtype]), alias=alias, ttl=ttl)
+    alias = values[CNAME][0] if values[CNAME] and not values[rtype] else ""
+    return DNSAnswer(flags & 15, tuple(values[rtype]), alias=alias, ttl=min(ttls, default=NEGATIVE_TTL))
 
 
 def read_value(octets: bytes, at: int, length: int, rtype: int) -> Any:

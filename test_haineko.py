@@ -5256,6 +5256,7 @@ class NameServers(WithCertificates):
             ("a flood", lambda q, _: [b"x"] * 200, None),
             ("silence", lambda q, _: [], None),
             ("SERVFAIL", lambda q, _: [q.answer(code=2)], None),
+            ("SERVFAIL with records", lambda q, _: [q.answer(good, code=2)], None),
             ("REFUSED", lambda q, _: [q.answer(code=5)], None),
             ("truncated", lambda q, tcp: [q.answer(good) if tcp else q.answer(flags=truncated)], ("192.0.2.1",)),
             (
