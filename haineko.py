@@ -56,6 +56,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mimetypes
 import mmap
 import os
 import py_compile
@@ -75,6 +76,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -2586,28 +2588,30 @@ def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every version of Python has
-    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
-    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
-    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
-    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
+    ".ods": "application/vnd.oasis.opendocument.spreadsheet", ".odt": "application/vnd.oasis.opendocument.text",
+    ".pptx": _OFFICE + "presentationml.presentation", ".docx": _OFFICE + "wordprocessingml.document",
+    ".xlsx": _OFFICE + "spreadsheetml.sheet", ".7z": "application/x-7z-compressed", ".tgz": "application/gzip",
+    ".gz": "application/gzip", ".rtf": "application/rtf", ".ics": "text/calendar", ".md": "text/markdown",
+    ".webp": "image/webp",
 }  # fmt: skip
 
-# What HTMLTextExtractor writes for the start and the end of an element, and for its start alone.
+# Marks in the output of HTMLTextExtractor: a new cell of a table, a line end, "on a line of its own", a paragraph. They
+# are white space that the words beside them no longer have; a blank that is to stay is a no-break space.
+CELL, BREAK, LINE, PARAGRAPH = "\t\n\v\r"
+START_MARKS = {"br": BREAK, "hr": f"-----{LINE}", "li": "* ", "td": CELL, "th": CELL}
+# Marks at the start and at the end of an element.
 BLOCK_MARKS = dict.fromkeys(("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li",
-                             "main", "nav", "section", "tr"), "\v")  # fmt: skip
+                             "main", "nav", "section", "tr"), LINE)  # fmt: skip
 BLOCK_MARKS.update(dict.fromkeys(("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p",
-                                  "pre", "table", "ul"), "\r"))  # fmt: skip
-START_MARKS = {"br": "\n", "hr": "-----\v", "li": "* ", "td": "\t", "th": "\t"}
+                                  "pre", "table", "ul"), PARAGRAPH))  # fmt: skip
 PREFORMATTED = str.maketrans({" ": "\xa0", "\t": "\xa0" * 8, "\v": "", "\r": ""})
 
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_NEEDS_ENCODING = re.compile(rb"[^\x1b\x20-\x7e\t\r\n]|^[^\r\n]{999}", re.MULTILINE)
-QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")  # Windows' names of JIS X 0208; those of Python's codec
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
 COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
 rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
@@ -2633,59 +2637,48 @@ def _compose(submission: Submission, charset: str, trace: str, queueid: str, hos
     lines = [trace, address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         lines.append(f"Sender: {sender.addr_spec}")
-    number = "1" if submission.shared else "\0"  # NUL stands for what differs from copy to copy
+    # What differs from copy to copy is a NUL, which no field can have: the recipient and the number of the copy.
     lines += [] if submission.shared else ["To: \0"]
+    number = "1" if submission.shared else "\0"
     for name, mailboxes in (("To", header.to), ("Cc", header.cc), ("Reply-To", header.replyto)):
         lines += [address_field(name, mailboxes, charset)] if mailboxes else []
-    extra: dict = {"Date": [], "Message-Id": []}
+    extra: dict = {}
     for name, value in header.extra_fields:
         make_field = address_field if type(value) is tuple else text_field
         extra.setdefault(name, []).append(make_field(name, value, charset))
-    dated = extra.pop("Date") or [f"Date: {date}"]
-    identity = extra.pop("Message-Id") or [f"Message-Id: <{queueid}.{number}@{hostname}>"]
-    lines += [text_field("Subject", header.subject, charset), *dated, *identity]
-    lines += [*itertools.chain(*extra.values()), loop_field(header.loop, hostname), "MIME-Version: 1.0", ""]
-    *parts, last = "\r\n".join(lines).encode().split(b"\0")
-    utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
-
-
-@functools.lru_cache(maxsize=64)
-def loop_field(names: tuple, hostname: str) -> str:
-    return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
+    fields = {"Date": [f"Date: {date}"], "Message-Id": [f"Message-Id: <{queueid}.{number}@{hostname}>"], **extra}
+    lines += [text_field("Subject", header.subject, charset), *itertools.chain(*fields.values())]
+    lines += [fold("X-Haineko-Loop:", [*(f"{name}," for name in header.loop), hostname]), "MIME-Version: 1.0", ""]
+    octets, html = "\r\n".join(lines).encode(), submission.html
+    # The richest form of the text is the last (RFC 2046 5.1.4); then come the files.
+    pictures = [file_part(item, charset) for item in submission.attachments if html and item.cid]
+    files = [file_part(item, charset) for item in submission.attachments if not (html and item.cid)]
+    whole = text_part("plain", submission.body or html_to_text(html), charset)
+    if html:
+        shown = multipart("related", queueid, text_part("html", html, charset), *pictures)
+        whole = multipart("alternative", queueid, whole, shown)
+    whole = multipart("mixed", queueid, whole, *files)
+    *parts, last = octets.split(b"\0")  # where Message.copy() inserts what differs
+    utf8 = not octets.isascii()  # only an address can be other than ASCII
+    return Message((*parts, b"".join([last, *whole])), utf8, utf8)
 
 
 def text_part(subtype: str, text: str, charset: str) -> list:
     """Return [header, body] of a part that is text, with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
-    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
-    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
-    encoding, body = "7bit", charset_encoder(charset)(text)
-    if (JIS_NEEDS_ENCODING if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
-        quoted = (len(body) + 2 * len(body.translate(None, QUOTED_AS_IS))) * 77 // 74
-        if quoted < (len(body) + 2) // 3 * 4 + (len(body) + 56) // 57 * 2:
-            encoding, body = "quoted-printable", binascii.b2a_qp(body, istext=True)
-        else:
-            encoding, body = "base64", base64_lines(body)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    encoding, body = "7bit", charset_encoder(charset)((text.removesuffix("\n") + "\n").replace("\n", "\r\n"))
+    if (NOT_7BIT if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
+        both = ("quoted-printable", binascii.b2a_qp(body, istext=True)), ("base64", base64_lines(body))
+        encoding, body = min(both, key=lambda encoded: len(encoded[1]))
     head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
 
-def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
-    """Return the octets of text, HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
-    html, attachments = submission.html, submission.attachments
-    pictures = [file_part(item, charset) for item in attachments if html and item.cid]
-    files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
-    whole = text_part("plain", submission.body or html_to_text(html), charset)
-    if html:
-        shown = text_part("html", html, charset)
-        shown = multipart("related", queueid, shown, *pictures) if pictures else shown
-        whole = multipart("alternative", queueid, whole, shown)
-    return multipart("mixed", queueid, whole, *files) if files else whole
-
-
 def multipart(subtype: str, queueid: str, *parts: Any) -> list:
-    """Return the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
-    boundary = f"=_{queueid}.{subtype}"
+    """Return the octets of a multipart, whose boundary occurs in no part; one part alone stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    boundary = f"=_{queueid}.{subtype}"  # the queue id is random
     root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
     pieces = [f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()]
     for part in parts:
@@ -2695,8 +2688,6 @@ def multipart(subtype: str, queueid: str, *parts: Any) -> list:
 
 def file_part(item: Attachment, charset: str) -> list:
     """Return [header, body] of an attachment, whose content arrives unchanged."""
-    import mimetypes
-
     extension = os.path.splitext(item.filename)[1].lower()
     guess = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")  # alike on all systems
     media_type = item.type or ("application/octet-stream" if guess.startswith("message/") else guess)
@@ -2730,37 +2721,33 @@ def html_to_text(html: str) -> str:
     extractor = HTMLTextExtractor()
     # Some versions of the parser fail on sections like <![if ...]>. Without close(), what is unfinished is left out.
     extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    text = re.sub(r"[ \t]+", lambda run: "\t" if "\t" in run[0] else " ", "".join(extractor.out))
+    text = re.sub(r"[ \t]+", lambda run: CELL if CELL in run[0] else " ", "".join(extractor.out))
+    # Marks in a row become one line end, two for a paragraph ("\r"), or as many as there are breaks ("\n").
     text = re.sub(r"[ \t]?[\n\v\r][ \t\n\v\r]*", lambda run: "\n" * max(1 + ("\r" in run[0]), run[0].count("\n")), text)
-    return text.strip(" \t\n").replace("\t", "  ").replace("\xa0", " ") + "\n"
+    return text.strip(" \t\n").replace(CELL, "  ").replace("\xa0", " ") + "\n"
 
 
 class HTMLTextExtractor(HTMLParser):
-    """Parser that writes down the text of HTML, with a mark where a paragraph ("\\r"), a line of its own ("\\v"), a
-    broken line ("\\n") or a table's cell ("\\t") begins; a space that stays is a no-break space."""
+    """Parser that writes down the text of HTML, with marks for its layout."""
+
+    CDATA_CONTENT_ELEMENTS = ("script", "style", "title", "template")  # all within them is data, which is not shown
 
     def __init__(self) -> None:
         super().__init__()
         self.out: list = []
-        self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
+        self.pre_depth = 0  # of <pre>
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        if self.hidden:
-            return
         values = dict(attrs)
         self.out.append(BLOCK_MARKS.get(tag, "") + START_MARKS.get(tag, ""))
         if tag == "a":
             self.link, self.link_start = values.get("href") or "", len(self.out)
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
-        self.hidden = tag if tag in ("script", "style", "title", "template") else ""
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
-        if self.hidden:
-            self.hidden = "" if tag == self.hidden else self.hidden
-            return
         self.out.append(BLOCK_MARKS.get(tag, ""))
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
         if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
@@ -2770,7 +2757,7 @@ class HTMLTextExtractor(HTMLParser):
             self.link = ""
 
     def handle_data(self, data: str) -> None:
-        if not self.hidden:
+        if self.cdata_elem not in self.CDATA_CONTENT_ELEMENTS:
             self.out.append(data.translate(PREFORMATTED) if self.pre_depth else re.sub(r"[ \t-\r]+", " ", data))
 
 
@@ -2848,8 +2835,6 @@ def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
-    with contextlib.suppress(UnicodeEncodeError):
-        return text.translate(CP932_TO_JIS).encode("iso2022_jp")
     table, out = jis_extensions(), []
     for i, run in enumerate(re.split(f"([{''.join(table)}]+)", wide_kana(text).translate(CP932_TO_JIS))):
         out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) if i % 2 else run.encode("iso2022_jp"))
@@ -2857,8 +2842,6 @@ def encode_jis(text: str) -> bytes:
 
 
 def wide_kana(text: str) -> str:
-    import unicodedata
-
     marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
     return re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]).translate(marks), text)
 
@@ -2887,7 +2870,7 @@ def complete_raw_message(submission: Submission, trace: str, queueid: str, hostn
     author = submission.mail or f"MAILER-DAEMON@{hostname}"
     missing = {"From": f"<{author}>", "Date": date, "Message-Id": f"<{queueid}.1@{hostname}>"}
     added = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
-    added.append(loop_field(submission.header.loop, hostname))
+    added.append(fold("X-Haineko-Loop:", [*(f"{name}," for name in submission.header.loop), hostname]))
     without_mime = not names & {"mime-version", "content-type", "content-transfer-encoding"}
     if without_mime and not (body.isascii() and not UNSENDABLE.search(body)):
         charset = "unknown-8bit"  # RFC 1428
@@ -2941,21 +2924,27 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
     or in an unknown one (RFC 1428). What can't be encoded, such as an address, stays."""
     label, _, value = octets.partition(b":")
+    # Those within an encoded word are in the charset that it names.
+    value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
+    if value.isascii():
+        return label + b":" + value
     label, text, known = label.decode("ascii").strip(), value.decode("latin-1"), "unknown-8bit"
     for codec in (codec_name(iana_charset(charset)), "utf-8"):
         with contextlib.suppress(UnicodeDecodeError, LookupError):
             text, known = value.decode(codec), "UTF-8"
     encode = functools.partial(encoded_words, charset=known, used=len(label) + 3)
-    text, tokens = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip())), []
-    if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
-        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
-        text = encode_phrases(text, encode) if name in MAILBOX_FIELDS else text
-        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
-        tokens = text.split(" ") if name in MAILBOX_FIELDS else [text]
-    else:
-        for i, piece in enumerate(ENCODED_WORDS.split(text)):
-            tokens += [piece] if i % 2 else encode(piece) if piece.strip() else []
-    return fold(f"{label}:", tokens).encode() + b"\r\n"
+    text = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip()))
+    if name in PARAMETER_FIELDS:
+        names = {found[1].lower() for found in PARAMETER.finditer(text)}
+        text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
+    elif name in MAILBOX_FIELDS:
+        text = encode_phrases(text, encode)
+    elif not STRUCTURED_FIELDS.fullmatch(name):
+        pieces = enumerate(ENCODED_WORDS.split(text))
+        words = [[piece] if i % 2 else encode(piece) for i, piece in pieces if piece.strip()]
+        return fold(f"{label}:", itertools.chain(*words)).encode() + b"\r\n"
+    text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
+    return fold(f"{label}:", text.split(" ") if name in MAILBOX_FIELDS else [text]).encode() + b"\r\n"
 
 
 def encode_phrases(text: str, encode: Callable) -> str:
@@ -2970,9 +2959,11 @@ def encode_phrases(text: str, encode: Callable) -> str:
     return "".join(out).strip()
 
 
-def _encode_parameter(found: re.Match) -> str:
+def _encode_parameter(names: set, found: re.Match) -> str:
     if found[0].isascii():
         return found[0]
+    if not names.isdisjoint((f"{found[1].lower()}*", f"{found[1].lower()}*0*")):
+        return ""  # the extended form says it already, and a name may come once
     if found[1].endswith("*") and found[2].lower().startswith("utf-8'"):
         return re.sub(r"[^\x00-\x7f]+", lambda octets: urllib.parse.quote(octets[0]), found[0])
     return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
@@ -2989,13 +2980,10 @@ FALLBACK_ROUTE = Route(port=25)
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels."""
     tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
-    for name, table, key in tables:
-        for row in lookup_keys(key.lower()) if table else ():
-            if row in table:
-                return table[row], f'{name}["{row}"]'
-    for name, table, _ in tables:
-        if "default" in table:
-            return table["default"], f"{name}.default"
+    rows = [(name, table, row) for name, table, key in tables if table for row in lookup_keys(key.lower())]
+    for name, table, row in (*rows, *((name, table, "default") for name, table, _ in tables)):
+        if row in table:
+            return table[row], f"{name}.default" if row == "default" else f'{name}["{row}"]'
     return FALLBACK_ROUTE, "no route matches"
 
 
@@ -3023,13 +3011,19 @@ class EventLoop(asyncio.SelectorEventLoop):
         self.tasks: set = set()  # asyncio itself holds weak references only
         self.sends: list = []  # AsyncSockets with something to send
         self.set_default_executor(ThreadPoolExecutor(256))  # a dead host holds 32, while sessions to it are opened
-        self.set_exception_handler(log_task_fault)
 
     def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task:
         task = super().create_task(coroutine, **options)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    def default_exception_handler(self, context: dict) -> None:
+        """Log the exception of a task that nobody awaits."""
+        try:
+            raise context.get("exception") or RuntimeError(context["message"])
+        except BaseException:
+            log_exception("loop")
 
     def flush_sends(self) -> None:
         """Send the data of one iteration, after the log lines about it."""
@@ -3047,17 +3041,15 @@ class RateState(NamedTuple):
 
 class SharedLimits:
     """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
-
     A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
     octet of a file without a name, so that the kernel gives back those of a process that died."""
 
-    SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
+    SLOTS, PROBES = 4096, 16  # places in the table; how many are looked at for one key
     MAX_SESSIONS = 1 << 16  # octets that one route may lock; the first octet is locked while the table is in use
 
     def __init__(self) -> None:
-        self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
-        import tempfile
-
+        self.fingerprints = memoryview(mmap.mmap(-1, 8 * self.SLOTS)).cast("q")  # of keys; 0: the place is free
+        self.arrivals = memoryview(mmap.mmap(-1, 8 * self.SLOTS)).cast("d")  # monotonic times
         in_memory = functools.partial(os.memfd_create, "haineko") if hasattr(os, "memfd_create") else None
         self.file: Any = (in_memory or tempfile.TemporaryFile)()
         self.lock = threading.Lock()  # locks of files hold between processes only
@@ -3067,21 +3059,20 @@ class SharedLimits:
         """Take `count` units, or none if there are not enough of them yet, and then none for `block` seconds more."""
         fingerprint = hash(key) | 1  # not 0; the same in all processes that are forked
         each, now = rate.seconds / rate.limit, time.monotonic()
-        places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
+        first = fingerprint % (self.SLOTS - self.PROBES)
+        places = range(first, first + self.PROBES)
         with self.lock:
             fcntl.lockf(self.file, fcntl.LOCK_EX, 1)
-            try:
-                # The key's own cell, else the one that is free or due first.
-                cell = min(places, key=lambda place: (self.cells[place] != fingerprint, self.cells[place + 1]))
-                arrival = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
-                wait = arrival + each * min(count, rate.limit) - now - rate.seconds
-                if wait < 1e-6:
-                    wait, arrival = 0.0, arrival + each * min(count, rate.limit)
-                elif block and arrival <= now + rate.seconds:  # it was not blocked yet
-                    wait, arrival = float(block), now + rate.seconds + block - each
-                self.cells[cell], self.cells[cell + 1] = fingerprint, round(arrival * 1e6)
-            finally:
-                fcntl.lockf(self.file, fcntl.LOCK_UN, 1)
+            own = [place for place in places if self.fingerprints[place] == fingerprint]
+            place = own[0] if own else min(places, key=self.arrivals.__getitem__)  # free, or due first
+            arrival = max(self.arrivals[place], now) if own else now
+            wait = arrival + each * min(count, rate.limit) - now - rate.seconds
+            if wait < 1e-6:
+                wait, arrival = 0.0, arrival + each * min(count, rate.limit)
+            elif block and arrival <= now + rate.seconds:  # it was not blocked yet
+                wait, arrival = float(block), now + rate.seconds + block - each
+            self.fingerprints[place], self.arrivals[place] = fingerprint, arrival
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1)
         return RateState(wait, max(int((now + rate.seconds - arrival) / each + 1e-6), 0), arrival - now)
 
     def open_session(self, key: str, limit: int) -> int:
@@ -3099,21 +3090,9 @@ class SharedLimits:
         self.sessions.discard(octet)
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
 
-    def __del__(self) -> None:
-        os.close(self.file) if isinstance(self.file, int) else self.file.close()
-
-
-def log_task_fault(_: Any, context: dict) -> None:
-    """Log the exception of a task that nobody awaits."""
-    try:
-        raise context.get("exception") or RuntimeError(context["message"])
-    except BaseException:
-        log_exception("loop")
-
 
 class AsyncSocket:
     """Non-blocking socket, plain or TLS, for which one task at a time waits; deadlines are monotonic times.
-
     It stays registered with the loop until an event finds nothing to do, and has one timer, set again when it fires:
     so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused."""
 
@@ -3219,10 +3198,10 @@ class AsyncSocket:
 
     def abort(self, error: Exception) -> bool:
         """Raise an exception in the task that waits; False if none does."""
-        if not self.future or self.future.done():
-            return False
-        self.future.set_exception(error)
-        return True
+        waits = bool(self.future) and not self.future.done()
+        if waits:
+            self.future.set_exception(error)
+        return waits
 
     def release(self) -> None:
         """Unregister; the socket itself stays open."""
@@ -3239,53 +3218,45 @@ class AsyncSocket:
 # ======================================================================================================================
 # 10. DNS and connections
 #     Takes a name and a record type, gives the answer of the name servers (RFC 1035); from that come a domain's mail
-#     hosts (RFC 5321 5.1) and a host's addresses. A Connector connects to whichever address answers first. DNS
-#     messages are built and parsed by functions that know no socket. Everything received is checked before use.
+#     hosts (RFC 5321 5.1) and a host's addresses. A Connector connects to whichever address answers first.
 # ======================================================================================================================
 
 random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
 
-A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
+A, CNAME, MX, TXT, AAAA = 1, 5, 15, 16, 28  # record types
 NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 TRUNCATED = 16  # none of them: the message is not complete, or has too many records
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
-MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
+NEGATIVE_TTL = 60  # seconds for which it is cached that there is no such record
 
 
 class DNSAnswer(NamedTuple):
     code: int  # NOERROR, NXDOMAIN, or SERVFAIL if no name server gave an answer
     values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty if there is no such record
     why: str = ""  # the reason for SERVFAIL
-
-
-class ResourceRecord(NamedTuple):
-    name: str
-    rtype: int  # 0 if malformed or of another class
-    ttl: int  # seconds
-    value: Any  # as in DNSAnswer; CNAME: name; SOA: seconds for which a negative answer may be cached
+    alias: str = ""  # the name to look up in place of this one
+    ttl: int = 0  # seconds for which it may be cached
 
 
 class TTLCache:
     """TTL cache with LRU eviction."""
 
     def __init__(self, limit: int, clock: Callable) -> None:
-        self.limit, self.clock, self.table = limit, clock, OrderedDict()
+        self.limit, self.clock, self.table = limit, clock, {}
 
     def get(self, key: Any) -> Any:
-        """Return the value, None if there is none or it has expired."""
-        value, until = self.table.get(key, (None, 0.0))
+        value, until = self.table.pop(key, (None, 0.0))
         if until <= self.clock():
-            self.table.pop(key, None)
             return None
-        self.table.move_to_end(key)
+        self.table[key] = value, until  # now the last to be evicted
         return value
 
     def put(self, key: Any, value: Any, seconds: float) -> None:
         if seconds > 0:
             self.table[key] = value, self.clock() + seconds
             if len(self.table) > self.limit:
-                self.table.popitem(last=False)
+                del self.table[next(iter(self.table))]
 
 
 async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -> Any:
@@ -3313,48 +3284,37 @@ class Resolver:
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
         key = name.lower().rstrip("."), rtype
-        answer = self.cache.get(key)
-        if not answer:
-            answer, ttl = await shared_call(self.calls, key, self._lookup, *key, deadline)
-            self.cache.put(key, answer, ttl)
+        return self.cache.get(key) or await shared_call(self.calls, key, self._lookup, *key, deadline)
+
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        """Ask for the name and for each alias: an answer counts for its own name alone."""
+        key, ttl = (name, rtype), self.MAX_TTL
+        for _ in range(MAX_ALIASES + 1):
+            answer = await self._query(name, rtype, deadline)
+            ttl, name = min(ttl, answer.ttl), answer.alias
+            if not name:
+                break
+        else:
+            answer, ttl = DNSAnswer(SERVFAIL, why=f"more than {MAX_ALIASES} aliases"), 0
+        self.cache.put(key, answer, ttl)
         return answer
 
-    async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
-        ttl = self.MAX_TTL
-        for _ in range(MAX_ALIASES + 1):
-            code, records, why = await self._query(name, rtype, deadline)
-            own = [record for record in records if record.name == name and record.rtype in (rtype, CNAME)]
-            found = tuple(record.value for record in own if record.rtype == rtype)
-            if not own:
-                negative = [min(record.ttl, record.value) for record in records if record.rtype == SOA]
-                return DNSAnswer(code, (), why), min([ttl, *negative]) if negative else 0  # RFC 2308 5
-            ttl = min([ttl, *[record.ttl for record in own]])
-            if found:
-                return DNSAnswer(NOERROR, found), ttl
-            name = own[0].value
-        return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
-
-    async def _query(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (code, [ResourceRecord, ...], "") of the first positive or negative answer; or (SERVFAIL, [], why)."""
+    async def _query(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        """Return the first positive or negative answer, or SERVFAIL if no server gives one."""
         if len(name) > 253:  # RFC 1035 2.3.4
-            return NXDOMAIN, [], ""
+            return DNSAnswer(NXDOMAIN)
         servers = tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers("/etc/resolv.conf")
         for server in servers * self.ATTEMPTS:
-            until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
-            question = int(random_unit() * 65536), name, rtype
             try:
-                code, records = await query_udp(server, question, until)
-                if code == TRUNCATED:  # RFC 7766 5
-                    code, records = await query_tcp(server, question, until)
-                if code in (NOERROR, NXDOMAIN):
-                    return code, records, ""
-                why = f"{server[0]} answers {RCODES.get(code, code)}"
+                answer = await query(server, name, rtype, min(deadline, time.monotonic() + self.QUERY_TIMEOUT))
+                if answer.code in (NOERROR, NXDOMAIN):
+                    return answer
+                why = f"{server[0]} answers {RCODES.get(answer.code, answer.code)}"
             except (OSError, ValueError) as error:
                 why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
-        return SERVFAIL, [], why
+        return DNSAnswer(SERVFAIL, why=why)
 
 
 def resolv_conf_servers(path: str) -> tuple:
@@ -3366,29 +3326,32 @@ def resolv_conf_servers(path: str) -> tuple:
     return tuple(filter(None, endpoints))[:3] or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, question: tuple, until: float) -> tuple:
-    """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
-    sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
-    with contextlib.closing(AsyncSocket(sock)) as sock:
-        await sock.sendall(build_query(*question), until)
+async def query(server: tuple, name: str, rtype: int, until: float) -> DNSAnswer:
+    """Return a server's answer by UDP, or by TCP if that is truncated (RFC 7766 5)."""
+    question = int(random_unit() * 65536), name, rtype
+    labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
+    message = struct.pack(">6H", question[0], 0x0100, 1, 0, 0, 0) + b"".join(labels) + struct.pack(">BHH", 0, rtype, 1)
+    # From a random port; the kernel drops datagrams of other senders.
+    with contextlib.closing(AsyncSocket(start_connect(server, socket.SOCK_DGRAM))) as sock:
+        await sock.sendall(message, until)
         for _ in range(64):  # a forger may not guess for as long as he likes
             with contextlib.suppress(ValueError):  # forged, late or garbled: the real answer may still come
-                return parse_response(await sock.recv(65535, until), *question)
-        raise ValueError("too many datagrams that do not answer the query")
-
-
-async def query_tcp(server: tuple, question: tuple, until: float) -> tuple:
-    """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
-    query, octets = build_query(*question), b""
+                answer = parse_response(await sock.recv(65535, until), *question)
+                break
+        else:
+            raise ValueError("too many datagrams that do not answer the query")
+    if answer.code != TRUNCATED:
+        return answer
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
-        await sock.sendall(len(query).to_bytes(2, "big") + query, until)
+        await sock.sendall(len(message).to_bytes(2, "big") + message, until)  # its length in front, RFC 1035 4.2.2
+        octets = b""
         while len(octets) < 2 + int.from_bytes(octets[:2], "big"):
             more = await sock.recv(65537 - len(octets), until)
             if not more:
                 raise ConnectionError("closed within an answer")
             octets += more
-        return parse_response(octets[2:], *question)
+    return parse_response(octets[2:], *question)
 
 
 def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -3402,54 +3365,47 @@ def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.sock
     return sock
 
 
-def build_query(number: int, name: str, rtype: int) -> bytes:
-    """Return a query to a recursive server (RFC 1035 4.1)."""
-    labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
-    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + b"".join([*labels, b"\0"]) + struct.pack(">HH", rtype, 1)
-
-
-def parse_response(octets: bytes, number: int, name: str, rtype: int) -> tuple:
-    """Return (code, ResourceRecords) of the response to that query; ValueError if it answers another one or is none."""
+def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSAnswer:
+    """Parse the response to that query; ValueError if it answers another one or is none."""
     try:
-        found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
+        found, flags, questions, answers = struct.unpack_from(">4H", octets)
         qname, at = read_name(octets, 12)
         question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
         if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
-        if flags & 0x0200 or answers + authority > MAX_RECORDS:
-            return TRUNCATED, []
-        records, at = [], at + 4
-        for _ in range(answers + authority):
-            record, at = read_record(octets, at)
-            records.append(record)
+        if flags & 0x0200 or answers > 512:
+            return DNSAnswer(TRUNCATED)
+        values, ttls, at = {CNAME: [], rtype: []}, [], at + 4  # of the records of this name
+        for _ in range(answers):
+            owner, at = read_name(octets, at)
+            kind, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
+            value = read_value(octets, at + 10, length, kind)
+            if (owner, rclass) == (qname, 1) and kind in values and value is not None:
+                values[kind].append(value)
+                ttls.append(ttl if ttl < 1 << 31 else 0)  # RFC 2181 8
+            at += 10 + length
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
-    return flags & 15, records
+    alias = values[CNAME][0] if values[CNAME] and not values[rtype] else ""
+    return DNSAnswer(flags & 15, tuple(values[rtype]), alias=alias, ttl=min(ttls, default=NEGATIVE_TTL))
 
 
-def read_record(octets: bytes, at: int) -> tuple:
-    """Return (ResourceRecord, offset behind it)."""
-    name, at = read_name(octets, at)
-    rtype, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
-    at += 10
-    data, after = octets[at : at + length], at + length
+def read_value(octets: bytes, at: int, length: int, rtype: int) -> Any:
+    """Return the value of a record, None if it is malformed or of a type that is not used here."""
+    data = octets[at : at + length]
     if len(data) < length:
         raise ValueError("incomplete record")
-    value: Any = None
     if (rtype, length) in ((A, 4), (AAAA, 16)):
-        value = str(ipaddress.ip_address(data))
-    elif rtype == CNAME:
-        value = read_name(octets, at)[0]
-    elif rtype == MX:
-        value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
-    elif rtype == TXT:
+        return str(ipaddress.ip_address(data))
+    if rtype == CNAME:
+        return read_name(octets, at)[0]
+    if rtype == MX:
+        return int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
+    if rtype == TXT:
         stream = io.BytesIO(data)
         strings = [stream.read(length) for (length,) in iter(lambda: stream.read(1), b"")]
-        value = b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
-    elif rtype == SOA:
-        value = int.from_bytes(data[-4:], "big")
-    known = rclass == 1 and value is not None
-    return ResourceRecord(name, rtype if known else 0, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+        return b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
+    return None
 
 
 def read_name(octets: bytes, at: int) -> tuple:
