@@ -56,6 +56,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mimetypes
 import mmap
 import os
 import py_compile
@@ -75,6 +76,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
@@ -1351,7 +1353,9 @@ class Log:
             self.loop.call_soon(self.flush)
 
     def reopen(self) -> None:
-        """Open the log file again if it was moved away, as logrotate does."""
+        """Open the log file again if it was moved away, as logrotate does; count the lost lines in the metrics."""
+        lost, self.lost_ever = self.lost_ever, 0
+        metrics.add("haineko_log_lines_lost_total", by=lost)
         with contextlib.suppress(OSError):
             if self.path and not (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
                 number = os.open(self.path, self.FILE_FLAGS, 0o600)
@@ -2451,28 +2455,30 @@ def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every version of Python has
-    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
-    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
-    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
-    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
+    ".ods": "application/vnd.oasis.opendocument.spreadsheet", ".odt": "application/vnd.oasis.opendocument.text",
+    ".pptx": _OFFICE + "presentationml.presentation", ".docx": _OFFICE + "wordprocessingml.document",
+    ".xlsx": _OFFICE + "spreadsheetml.sheet", ".7z": "application/x-7z-compressed", ".tgz": "application/gzip",
+    ".gz": "application/gzip", ".rtf": "application/rtf", ".ics": "text/calendar", ".md": "text/markdown",
+    ".webp": "image/webp",
 }  # fmt: skip
 
-# What HTMLTextExtractor writes for the start and the end of an element, and for its start alone.
+# Marks in the output of HTMLTextExtractor: a new cell of a table, a line end, "on a line of its own", a paragraph. They
+# are white space that the words beside them no longer have; a blank that is to stay is a no-break space.
+CELL, BREAK, LINE, PARAGRAPH = "\t\n\v\r"
+START_MARKS = {"br": BREAK, "hr": f"-----{LINE}", "li": "* ", "td": CELL, "th": CELL}
+# Marks at the start and at the end of an element.
 BLOCK_MARKS = dict.fromkeys(("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li",
-                             "main", "nav", "section", "tr"), "\v")  # fmt: skip
+                             "main", "nav", "section", "tr"), LINE)  # fmt: skip
 BLOCK_MARKS.update(dict.fromkeys(("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p",
-                                  "pre", "table", "ul"), "\r"))  # fmt: skip
-START_MARKS = {"br": "\n", "hr": "-----\v", "li": "* ", "td": "\t", "th": "\t"}
+                                  "pre", "table", "ul"), PARAGRAPH))  # fmt: skip
 PREFORMATTED = str.maketrans({" ": "\xa0", "\t": "\xa0" * 8, "\v": "", "\r": ""})
 
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_NEEDS_ENCODING = re.compile(rb"[^\x1b\x20-\x7e\t\r\n]|^[^\r\n]{999}", re.MULTILINE)
-QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")  # Windows' names of JIS X 0208; those of Python's codec
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
 COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
 rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
@@ -2498,59 +2504,48 @@ def _compose(submission: Submission, charset: str, trace: str, queueid: str, hos
     lines = [trace, address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         lines.append(f"Sender: {sender.addr_spec}")
-    number = "1" if submission.shared else "\0"  # NUL stands for what differs from copy to copy
+    # What differs from copy to copy is a NUL, which no field can have: the recipient and the number of the copy.
     lines += [] if submission.shared else ["To: \0"]
+    number = "1" if submission.shared else "\0"
     for name, mailboxes in (("To", header.to), ("Cc", header.cc), ("Reply-To", header.replyto)):
         lines += [address_field(name, mailboxes, charset)] if mailboxes else []
-    extra: dict = {"Date": [], "Message-Id": []}
+    extra: dict = {}
     for name, value in header.extra_fields:
         make_field = address_field if type(value) is tuple else text_field
         extra.setdefault(name, []).append(make_field(name, value, charset))
-    dated = extra.pop("Date") or [f"Date: {date}"]
-    identity = extra.pop("Message-Id") or [f"Message-Id: <{queueid}.{number}@{hostname}>"]
-    lines += [text_field("Subject", header.subject, charset), *dated, *identity]
-    lines += [*itertools.chain(*extra.values()), loop_field(header.loop, hostname), "MIME-Version: 1.0", ""]
-    *parts, last = "\r\n".join(lines).encode().split(b"\0")
-    utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
-
-
-@functools.lru_cache(maxsize=64)
-def loop_field(names: tuple, hostname: str) -> str:
-    return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
+    fields = {"Date": [f"Date: {date}"], "Message-Id": [f"Message-Id: <{queueid}.{number}@{hostname}>"], **extra}
+    lines += [text_field("Subject", header.subject, charset), *itertools.chain(*fields.values())]
+    lines += [fold("X-Haineko-Loop:", [*(f"{name}," for name in header.loop), hostname]), "MIME-Version: 1.0", ""]
+    octets, html = "\r\n".join(lines).encode(), submission.html
+    # The richest form of the text is the last (RFC 2046 5.1.4); then come the files.
+    pictures = [file_part(item, charset) for item in submission.attachments if html and item.cid]
+    files = [file_part(item, charset) for item in submission.attachments if not (html and item.cid)]
+    whole = text_part("plain", submission.body or html_to_text(html), charset)
+    if html:
+        shown = multipart("related", queueid, text_part("html", html, charset), *pictures)
+        whole = multipart("alternative", queueid, whole, shown)
+    whole = multipart("mixed", queueid, whole, *files)
+    *parts, last = octets.split(b"\0")  # where Message.copy() inserts what differs
+    utf8 = not octets.isascii()  # only an address can be other than ASCII
+    return Message((*parts, b"".join([last, *whole])), utf8, utf8)
 
 
 def text_part(subtype: str, text: str, charset: str) -> list:
     """Return [header, body] of a part that is text, with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
-    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
-    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
-    encoding, body = "7bit", charset_encoder(charset)(text)
-    if (JIS_NEEDS_ENCODING if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
-        quoted = (len(body) + 2 * len(body.translate(None, QUOTED_AS_IS))) * 77 // 74
-        if quoted < (len(body) + 2) // 3 * 4 + (len(body) + 56) // 57 * 2:
-            encoding, body = "quoted-printable", binascii.b2a_qp(body, istext=True)
-        else:
-            encoding, body = "base64", base64_lines(body)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    encoding, body = "7bit", charset_encoder(charset)((text.removesuffix("\n") + "\n").replace("\n", "\r\n"))
+    if (NOT_7BIT if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
+        both = ("quoted-printable", binascii.b2a_qp(body, istext=True)), ("base64", base64_lines(body))
+        encoding, body = min(both, key=lambda encoded: len(encoded[1]))
     head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
 
-def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
-    """Return the octets of text, HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
-    html, attachments = submission.html, submission.attachments
-    pictures = [file_part(item, charset) for item in attachments if html and item.cid]
-    files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
-    whole = text_part("plain", submission.body or html_to_text(html), charset)
-    if html:
-        shown = text_part("html", html, charset)
-        shown = multipart("related", queueid, shown, *pictures) if pictures else shown
-        whole = multipart("alternative", queueid, whole, shown)
-    return multipart("mixed", queueid, whole, *files) if files else whole
-
-
 def multipart(subtype: str, queueid: str, *parts: Any) -> list:
-    """Return the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
-    boundary = f"=_{queueid}.{subtype}"
+    """Return the octets of a multipart, whose boundary occurs in no part; one part alone stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    boundary = f"=_{queueid}.{subtype}"  # the queue id is random
     root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
     pieces = [f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()]
     for part in parts:
@@ -2560,8 +2555,6 @@ def multipart(subtype: str, queueid: str, *parts: Any) -> list:
 
 def file_part(item: Attachment, charset: str) -> list:
     """Return [header, body] of an attachment, whose content arrives unchanged."""
-    import mimetypes
-
     extension = os.path.splitext(item.filename)[1].lower()
     guess = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")  # alike on all systems
     media_type = item.type or ("application/octet-stream" if guess.startswith("message/") else guess)
@@ -2595,37 +2588,33 @@ def html_to_text(html: str) -> str:
     extractor = HTMLTextExtractor()
     # Some versions of the parser fail on sections like <![if ...]>. Without close(), what is unfinished is left out.
     extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    text = re.sub(r"[ \t]+", lambda run: "\t" if "\t" in run[0] else " ", "".join(extractor.out))
+    text = re.sub(r"[ \t]+", lambda run: CELL if CELL in run[0] else " ", "".join(extractor.out))
+    # Marks in a row become one line end, two for a paragraph ("\r"), or as many as there are breaks ("\n").
     text = re.sub(r"[ \t]?[\n\v\r][ \t\n\v\r]*", lambda run: "\n" * max(1 + ("\r" in run[0]), run[0].count("\n")), text)
-    return text.strip(" \t\n").replace("\t", "  ").replace("\xa0", " ") + "\n"
+    return text.strip(" \t\n").replace(CELL, "  ").replace("\xa0", " ") + "\n"
 
 
 class HTMLTextExtractor(HTMLParser):
-    """Parser that writes down the text of HTML, with a mark where a paragraph ("\\r"), a line of its own ("\\v"), a
-    broken line ("\\n") or a table's cell ("\\t") begins; a space that stays is a no-break space."""
+    """Parser that writes down the text of HTML, with marks for its layout."""
+
+    CDATA_CONTENT_ELEMENTS = ("script", "style", "title", "template")  # all within them is data, which is not shown
 
     def __init__(self) -> None:
         super().__init__()
         self.out: list = []
-        self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
+        self.pre_depth = 0  # of <pre>
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        if self.hidden:
-            return
         values = dict(attrs)
         self.out.append(BLOCK_MARKS.get(tag, "") + START_MARKS.get(tag, ""))
         if tag == "a":
             self.link, self.link_start = values.get("href") or "", len(self.out)
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
-        self.hidden = tag if tag in ("script", "style", "title", "template") else ""
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
-        if self.hidden:
-            self.hidden = "" if tag == self.hidden else self.hidden
-            return
         self.out.append(BLOCK_MARKS.get(tag, ""))
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
         if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
@@ -2635,7 +2624,7 @@ class HTMLTextExtractor(HTMLParser):
             self.link = ""
 
     def handle_data(self, data: str) -> None:
-        if not self.hidden:
+        if self.cdata_elem not in self.CDATA_CONTENT_ELEMENTS:
             self.out.append(data.translate(PREFORMATTED) if self.pre_depth else re.sub(r"[ \t-\r]+", " ", data))
 
 
@@ -2713,8 +2702,6 @@ def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
-    with contextlib.suppress(UnicodeEncodeError):
-        return text.translate(CP932_TO_JIS).encode("iso2022_jp")
     table, out = jis_extensions(), []
     for i, run in enumerate(re.split(f"([{''.join(table)}]+)", wide_kana(text).translate(CP932_TO_JIS))):
         out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) if i % 2 else run.encode("iso2022_jp"))
@@ -2722,8 +2709,6 @@ def encode_jis(text: str) -> bytes:
 
 
 def wide_kana(text: str) -> str:
-    import unicodedata
-
     marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
     return re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]).translate(marks), text)
 
@@ -2752,7 +2737,7 @@ def complete_raw_message(submission: Submission, trace: str, queueid: str, hostn
     author = submission.mail or f"MAILER-DAEMON@{hostname}"
     missing = {"From": f"<{author}>", "Date": date, "Message-Id": f"<{queueid}.1@{hostname}>"}
     added = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
-    added.append(loop_field(submission.header.loop, hostname))
+    added.append(fold("X-Haineko-Loop:", [*(f"{name}," for name in submission.header.loop), hostname]))
     without_mime = not names & {"mime-version", "content-type", "content-transfer-encoding"}
     if without_mime and not (body.isascii() and not UNSENDABLE.search(body)):
         charset = "unknown-8bit"  # RFC 1428
@@ -2806,21 +2791,27 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
     or in an unknown one (RFC 1428). What can't be encoded, such as an address, stays."""
     label, _, value = octets.partition(b":")
+    # Those within an encoded word are in the charset that it names.
+    value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
+    if value.isascii():
+        return label + b":" + value
     label, text, known = label.decode("ascii").strip(), value.decode("latin-1"), "unknown-8bit"
     for codec in (codec_name(iana_charset(charset)), "utf-8"):
         with contextlib.suppress(UnicodeDecodeError, LookupError):
             text, known = value.decode(codec), "UTF-8"
     encode = functools.partial(encoded_words, charset=known, used=len(label) + 3)
-    text, tokens = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip())), []
-    if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
-        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
-        text = encode_phrases(text, encode) if name in MAILBOX_FIELDS else text
-        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
-        tokens = text.split(" ") if name in MAILBOX_FIELDS else [text]
-    else:
-        for i, piece in enumerate(ENCODED_WORDS.split(text)):
-            tokens += [piece] if i % 2 else encode(piece) if piece.strip() else []
-    return fold(f"{label}:", tokens).encode() + b"\r\n"
+    text = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip()))
+    if name in PARAMETER_FIELDS:
+        names = {found[1].lower() for found in PARAMETER.finditer(text)}
+        text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
+    elif name in MAILBOX_FIELDS:
+        text = encode_phrases(text, encode)
+    elif not STRUCTURED_FIELDS.fullmatch(name):
+        pieces = enumerate(ENCODED_WORDS.split(text))
+        words = [[piece] if i % 2 else encode(piece) for i, piece in pieces if piece.strip()]
+        return fold(f"{label}:", itertools.chain(*words)).encode() + b"\r\n"
+    text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
+    return fold(f"{label}:", text.split(" ") if name in MAILBOX_FIELDS else [text]).encode() + b"\r\n"
 
 
 def encode_phrases(text: str, encode: Callable) -> str:
@@ -2835,9 +2826,11 @@ def encode_phrases(text: str, encode: Callable) -> str:
     return "".join(out).strip()
 
 
-def _encode_parameter(found: re.Match) -> str:
+def _encode_parameter(names: set, found: re.Match) -> str:
     if found[0].isascii():
         return found[0]
+    if not names.isdisjoint((f"{found[1].lower()}*", f"{found[1].lower()}*0*")):
+        return ""  # the extended form says it already, and a name may come once
     if found[1].endswith("*") and found[2].lower().startswith("utf-8'"):
         return re.sub(r"[^\x00-\x7f]+", lambda octets: urllib.parse.quote(octets[0]), found[0])
     return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
@@ -2854,13 +2847,10 @@ FALLBACK_ROUTE = Route(port=25)
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels."""
     tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
-    for name, table, key in tables:
-        for row in lookup_keys(key.lower()) if table else ():
-            if row in table:
-                return table[row], f'{name}["{row}"]'
-    for name, table, _ in tables:
-        if "default" in table:
-            return table["default"], f"{name}.default"
+    rows = [(name, table, row) for name, table, key in tables if table for row in lookup_keys(key.lower())]
+    for name, table, row in (*rows, *((name, table, "default") for name, table, _ in tables)):
+        if row in table:
+            return table[row], f"{name}.default" if row == "default" else f'{name}["{row}"]'
     return FALLBACK_ROUTE, "no route matches"
 
 
@@ -2888,13 +2878,19 @@ class EventLoop(asyncio.SelectorEventLoop):
         self.tasks: set = set()  # asyncio itself holds weak references only
         self.sends: list = []  # AsyncSockets with something to send
         self.set_default_executor(concurrent.futures.ThreadPoolExecutor(256))  # a dead host's new sessions hold 32
-        self.set_exception_handler(log_task_fault)
 
     def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task:
         task = super().create_task(coroutine, **options)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    def default_exception_handler(self, context: dict) -> None:
+        """Log the exception of a task that nobody awaits."""
+        try:
+            raise context.get("exception") or RuntimeError(context["message"])
+        except BaseException:
+            log_exception("loop")
 
     def flush_sends(self) -> None:
         """Send the data of one iteration, after the log lines about it."""
@@ -2912,17 +2908,15 @@ class RateState(NamedTuple):
 
 class SharedLimits:
     """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
-
     A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
     octet of a file without a name, so that the kernel gives back those of a process that died."""
 
-    SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
+    SLOTS, PROBES = 4096, 16  # places in the table; how many are looked at for one key
     MAX_SESSIONS = 1 << 16  # octets that one route may lock; the first octet is locked while the table is in use
 
     def __init__(self) -> None:
-        self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
-        import tempfile
-
+        self.fingerprints = memoryview(mmap.mmap(-1, 8 * self.SLOTS)).cast("q")  # of keys; 0: the place is free
+        self.arrivals = memoryview(mmap.mmap(-1, 8 * self.SLOTS)).cast("d")  # monotonic times
         in_memory = functools.partial(os.memfd_create, "haineko") if hasattr(os, "memfd_create") else None
         self.file: Any = (in_memory or tempfile.TemporaryFile)()
         self.lock = threading.Lock()  # locks of files hold between processes only
@@ -2932,21 +2926,20 @@ class SharedLimits:
         """Take `count` units, or none if there are not enough of them yet, and then none for `block` seconds more."""
         fingerprint = hash(key) | 1  # not 0; the same in all processes that are forked
         each, now = rate.seconds / rate.limit, time.monotonic()
-        places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
+        first = fingerprint % (self.SLOTS - self.PROBES)
+        places = range(first, first + self.PROBES)
         with self.lock:
             fcntl.lockf(self.file, fcntl.LOCK_EX, 1)
-            try:
-                # The key's own cell, else the one that is free or due first.
-                cell = min(places, key=lambda place: (self.cells[place] != fingerprint, self.cells[place + 1]))
-                arrival = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
-                wait = arrival + each * min(count, rate.limit) - now - rate.seconds
-                if wait < 1e-6:
-                    wait, arrival = 0.0, arrival + each * min(count, rate.limit)
-                elif block and arrival <= now + rate.seconds:  # it was not blocked yet
-                    wait, arrival = float(block), now + rate.seconds + block - each
-                self.cells[cell], self.cells[cell + 1] = fingerprint, round(arrival * 1e6)
-            finally:
-                fcntl.lockf(self.file, fcntl.LOCK_UN, 1)
+            own = [place for place in places if self.fingerprints[place] == fingerprint]
+            place = own[0] if own else min(places, key=self.arrivals.__getitem__)  # free, or due first
+            arrival = max(self.arrivals[place], now) if own else now
+            wait = arrival + each * min(count, rate.limit) - now - rate.seconds
+            if wait < 1e-6:
+                wait, arrival = 0.0, arrival + each * min(count, rate.limit)
+            elif block and arrival <= now + rate.seconds:  # it was not blocked yet
+                wait, arrival = float(block), now + rate.seconds + block - each
+            self.fingerprints[place], self.arrivals[place] = fingerprint, arrival
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1)
         return RateState(wait, max(int((now + rate.seconds - arrival) / each + 1e-6), 0), arrival - now)
 
     def open_session(self, key: str, limit: int) -> int:
@@ -2964,21 +2957,9 @@ class SharedLimits:
         self.sessions.discard(octet)
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
 
-    def __del__(self) -> None:
-        os.close(self.file) if isinstance(self.file, int) else self.file.close()
-
-
-def log_task_fault(_: Any, context: dict) -> None:
-    """Log the exception of a task that nobody awaits."""
-    try:
-        raise context.get("exception") or RuntimeError(context["message"])
-    except BaseException:
-        log_exception("loop")
-
 
 class AsyncSocket:
     """Non-blocking socket, plain or TLS, for which one task at a time waits; deadlines are monotonic times.
-
     It stays registered with the loop until an event finds nothing to do, and has one timer, set again when it fires:
     so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused."""
 
@@ -3084,10 +3065,10 @@ class AsyncSocket:
 
     def abort(self, error: Exception) -> bool:
         """Raise an exception in the task that waits; False if none does."""
-        if not self.future or self.future.done():
-            return False
-        self.future.set_exception(error)
-        return True
+        waits = bool(self.future) and not self.future.done()
+        if waits:
+            self.future.set_exception(error)
+        return waits
 
     def release(self) -> None:
         """Unregister; the socket itself stays open."""
@@ -3104,53 +3085,45 @@ class AsyncSocket:
 # ======================================================================================================================
 # 10. DNS and connections
 #     Takes a name and a record type, gives the answer of the name servers (RFC 1035); from that come a domain's mail
-#     hosts (RFC 5321 5.1) and a host's addresses. A Connector connects to whichever address answers first. DNS
-#     messages are built and parsed by functions that know no socket. Everything received is checked before use.
+#     hosts (RFC 5321 5.1) and a host's addresses. A Connector connects to whichever address answers first.
 # ======================================================================================================================
 
 random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
 
-A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
+A, CNAME, MX, TXT, AAAA = 1, 5, 15, 16, 28  # record types
 NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 TRUNCATED = 16  # none of them: the message is not complete, or has too many records
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
-MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
+NEGATIVE_TTL = 60  # seconds for which it is cached that there is no such record
 
 
 class DNSAnswer(NamedTuple):
     code: int  # NOERROR, NXDOMAIN, or SERVFAIL if no name server gave an answer
     values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty if there is no such record
     why: str = ""  # the reason for SERVFAIL
-
-
-class ResourceRecord(NamedTuple):
-    name: str
-    rtype: int  # 0 if malformed or of another class
-    ttl: int  # seconds
-    value: Any  # as in DNSAnswer; CNAME: name; SOA: seconds for which a negative answer may be cached
+    alias: str = ""  # the name to look up in place of this one
+    ttl: int = 0  # seconds for which it may be cached
 
 
 class TTLCache:
     """TTL cache with LRU eviction."""
 
     def __init__(self, limit: int, clock: Callable) -> None:
-        self.limit, self.clock, self.table = limit, clock, OrderedDict()
+        self.limit, self.clock, self.table = limit, clock, {}
 
     def get(self, key: Any) -> Any:
-        """Return the value, None if there is none or it has expired."""
-        value, until = self.table.get(key, (None, 0.0))
+        value, until = self.table.pop(key, (None, 0.0))
         if until <= self.clock():
-            self.table.pop(key, None)
             return None
-        self.table.move_to_end(key)
+        self.table[key] = value, until  # now the last to be evicted
         return value
 
     def put(self, key: Any, value: Any, seconds: float) -> None:
         if seconds > 0:
             self.table[key] = value, self.clock() + seconds
             if len(self.table) > self.limit:
-                self.table.popitem(last=False)
+                del self.table[next(iter(self.table))]
 
 
 async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -> Any:
@@ -3178,48 +3151,37 @@ class Resolver:
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
         key = name.lower().rstrip("."), rtype
-        answer = self.cache.get(key)
-        if not answer:
-            answer, ttl = await shared_call(self.calls, key, self._lookup, *key, deadline)
-            self.cache.put(key, answer, ttl)
+        return self.cache.get(key) or await shared_call(self.calls, key, self._lookup, *key, deadline)
+
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        """Ask for the name and for each alias: an answer counts for its own name alone."""
+        key, ttl = (name, rtype), self.MAX_TTL
+        for _ in range(MAX_ALIASES + 1):
+            answer = await self._query(name, rtype, deadline)
+            ttl, name = min(ttl, answer.ttl), answer.alias
+            if not name:
+                break
+        else:
+            answer, ttl = DNSAnswer(SERVFAIL, why=f"more than {MAX_ALIASES} aliases"), 0
+        self.cache.put(key, answer, ttl)
         return answer
 
-    async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
-        ttl = self.MAX_TTL
-        for _ in range(MAX_ALIASES + 1):
-            code, records, why = await self._query(name, rtype, deadline)
-            own = [record for record in records if record.name == name and record.rtype in (rtype, CNAME)]
-            found = tuple(record.value for record in own if record.rtype == rtype)
-            if not own:
-                negative = [min(record.ttl, record.value) for record in records if record.rtype == SOA]
-                return DNSAnswer(code, (), why), min([ttl, *negative]) if negative else 0  # RFC 2308 5
-            ttl = min([ttl, *[record.ttl for record in own]])
-            if found:
-                return DNSAnswer(NOERROR, found), ttl
-            name = own[0].value
-        return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
-
-    async def _query(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (code, [ResourceRecord, ...], "") of the first positive or negative answer; or (SERVFAIL, [], why)."""
+    async def _query(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        """Return the first positive or negative answer, or SERVFAIL if no server gives one."""
         if len(name) > 253:  # RFC 1035 2.3.4
-            return NXDOMAIN, [], ""
+            return DNSAnswer(NXDOMAIN)
         servers = tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers("/etc/resolv.conf")
         for server in servers * self.ATTEMPTS:
-            until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
-            question = int(random_unit() * 65536), name, rtype
             try:
-                code, records = await query_udp(server, question, until)
-                if code == TRUNCATED:  # RFC 7766 5
-                    code, records = await query_tcp(server, question, until)
-                if code in (NOERROR, NXDOMAIN):
-                    return code, records, ""
-                why = f"{server[0]} answers {RCODES.get(code, code)}"
+                answer = await query(server, name, rtype, min(deadline, time.monotonic() + self.QUERY_TIMEOUT))
+                if answer.code in (NOERROR, NXDOMAIN):
+                    return answer
+                why = f"{server[0]} answers {RCODES.get(answer.code, answer.code)}"
             except (OSError, ValueError) as error:
                 why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
-        return SERVFAIL, [], why
+        return DNSAnswer(SERVFAIL, why=why)
 
 
 def resolv_conf_servers(path: str) -> tuple:
@@ -3231,29 +3193,32 @@ def resolv_conf_servers(path: str) -> tuple:
     return tuple(filter(None, endpoints))[:3] or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, question: tuple, until: float) -> tuple:
-    """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
-    sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
-    with contextlib.closing(AsyncSocket(sock)) as sock:
-        await sock.sendall(build_query(*question), until)
+async def query(server: tuple, name: str, rtype: int, until: float) -> DNSAnswer:
+    """Return a server's answer by UDP, or by TCP if that is truncated (RFC 7766 5)."""
+    question = int(random_unit() * 65536), name, rtype
+    labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
+    message = struct.pack(">6H", question[0], 0x0100, 1, 0, 0, 0) + b"".join(labels) + struct.pack(">BHH", 0, rtype, 1)
+    # From a random port; the kernel drops datagrams of other senders.
+    with contextlib.closing(AsyncSocket(start_connect(server, socket.SOCK_DGRAM))) as sock:
+        await sock.sendall(message, until)
         for _ in range(64):  # a forger may not guess for as long as he likes
             with contextlib.suppress(ValueError):  # forged, late or garbled: the real answer may still come
-                return parse_response(await sock.recv(65535, until), *question)
-        raise ValueError("too many datagrams that do not answer the query")
-
-
-async def query_tcp(server: tuple, question: tuple, until: float) -> tuple:
-    """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
-    query, octets = build_query(*question), b""
+                answer = parse_response(await sock.recv(65535, until), *question)
+                break
+        else:
+            raise ValueError("too many datagrams that do not answer the query")
+    if answer.code != TRUNCATED:
+        return answer
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
-        await sock.sendall(len(query).to_bytes(2, "big") + query, until)
+        await sock.sendall(len(message).to_bytes(2, "big") + message, until)  # its length in front, RFC 1035 4.2.2
+        octets = b""
         while len(octets) < 2 + int.from_bytes(octets[:2], "big"):
             more = await sock.recv(65537 - len(octets), until)
             if not more:
                 raise ConnectionError("closed within an answer")
             octets += more
-        return parse_response(octets[2:], *question)
+    return parse_response(octets[2:], *question)
 
 
 def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -3267,54 +3232,47 @@ def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.sock
     return sock
 
 
-def build_query(number: int, name: str, rtype: int) -> bytes:
-    """Return a query to a recursive server (RFC 1035 4.1)."""
-    labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
-    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + b"".join([*labels, b"\0"]) + struct.pack(">HH", rtype, 1)
-
-
-def parse_response(octets: bytes, number: int, name: str, rtype: int) -> tuple:
-    """Return (code, ResourceRecords) of the response to that query; ValueError if it answers another one or is none."""
+def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSAnswer:
+    """Parse the response to that query; ValueError if it answers another one or is none."""
     try:
-        found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
+        found, flags, questions, answers = struct.unpack_from(">4H", octets)
         qname, at = read_name(octets, 12)
         question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
         if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
-        if flags & 0x0200 or answers + authority > MAX_RECORDS:
-            return TRUNCATED, []
-        records, at = [], at + 4
-        for _ in range(answers + authority):
-            record, at = read_record(octets, at)
-            records.append(record)
+        if flags & 0x0200 or answers > 512:
+            return DNSAnswer(TRUNCATED)
+        values, ttls, at = {CNAME: [], rtype: []}, [], at + 4  # of the records of this name
+        for _ in range(answers):
+            owner, at = read_name(octets, at)
+            kind, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
+            value = read_value(octets, at + 10, length, kind)
+            if (owner, rclass) == (qname, 1) and kind in values and value is not None:
+                values[kind].append(value)
+                ttls.append(ttl if ttl < 1 << 31 else 0)  # RFC 2181 8
+            at += 10 + length
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
-    return flags & 15, records
+    alias = values[CNAME][0] if values[CNAME] and not values[rtype] else ""
+    return DNSAnswer(flags & 15, tuple(values[rtype]), alias=alias, ttl=min(ttls, default=NEGATIVE_TTL))
 
 
-def read_record(octets: bytes, at: int) -> tuple:
-    """Return (ResourceRecord, offset behind it)."""
-    name, at = read_name(octets, at)
-    rtype, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
-    at += 10
-    data, after = octets[at : at + length], at + length
+def read_value(octets: bytes, at: int, length: int, rtype: int) -> Any:
+    """Return the value of a record, None if it is malformed or of a type that is not used here."""
+    data = octets[at : at + length]
     if len(data) < length:
         raise ValueError("incomplete record")
-    value: Any = None
     if (rtype, length) in ((A, 4), (AAAA, 16)):
-        value = str(ipaddress.ip_address(data))
-    elif rtype == CNAME:
-        value = read_name(octets, at)[0]
-    elif rtype == MX:
-        value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
-    elif rtype == TXT:
+        return str(ipaddress.ip_address(data))
+    if rtype == CNAME:
+        return read_name(octets, at)[0]
+    if rtype == MX:
+        return int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
+    if rtype == TXT:
         stream = io.BytesIO(data)
         strings = [stream.read(length) for (length,) in iter(lambda: stream.read(1), b"")]
-        value = b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
-    elif rtype == SOA:
-        value = int.from_bytes(data[-4:], "big")
-    known = rclass == 1 and value is not None
-    return ResourceRecord(name, rtype if known else 0, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+        return b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
+    return None
 
 
 def read_name(octets: bytes, at: int) -> tuple:
@@ -5315,7 +5273,8 @@ RELAYS.update(
 # ======================================================================================================================
 
 MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
-NEWER_VERSION = "is of a newer version,"
+SCHEMA_VERSION = 2  # PRAGMA user_version of the file
+OTHER_VERSION = "is of version"
 RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
 MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
 MAX_REPLY_LINES = 10  # lines kept of a reply
@@ -5323,10 +5282,13 @@ MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last o
 SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
 MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
+MAX_BATCH = 256  # operations in one transaction; other processes wait for its end
 NEXT_SQL = "SELECT min(destination) FROM recipients WHERE due IS NOT NULL AND destination>?"  # one index search
-WAITING_SQL = "SELECT id, interruptions, {} FROM recipients WHERE destination=? AND due IS NOT NULL AND"
-DUE_SQL = f"{WAITING_SQL.format(0)} due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = f"{WAITING_SQL.format(1)} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
+BOTH_TABLES = "recipients r JOIN messages m ON m.id=r.message"
+WAITING_SQL = f"""SELECT r.*, queueid, kind, sender, login, parts, octets, %d AS expired FROM {BOTH_TABLES}
+    WHERE destination=? AND due IS NOT NULL AND"""
+DUE_SQL = f"{WAITING_SQL % 0} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL % 1} r.created_at<=? AND attempts>=? ORDER BY r.created_at LIMIT ?"
 STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
 WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
 
@@ -5361,11 +5323,6 @@ def attempt_result(reply: Reply, attempts: int, age: float, jitter: float, setti
     return AttemptResult(reply, "open", min(max(pause, reply.retry_after), left))
 
 
-class Attempt(NamedTuple):
-    time: float
-    reply: Reply
-
-
 class NewRecipient(NamedTuple):
     as_written: str  # by the client
     recipient: str  # as passed to relays
@@ -5384,6 +5341,8 @@ class QueueItem(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None  # of the request's body
     send_at: float = 0.0  # no attempt is made before
+    response: str | None = None  # to the request, for later ones with the same key
+    others: tuple = ()  # QueueItems that are stored with it, or not at all
 
 
 class LeasedRecipient(NamedTuple):
@@ -5391,7 +5350,7 @@ class LeasedRecipient(NamedTuple):
     item: QueueItem  # without its recipients, created when its lifetime began
     to: NewRecipient
     attempts: int
-    history: tuple = ()  # of Attempt
+    history: list = ()  # of (time, Reply), of each attempt
     expired: bool = False  # to be given up without another attempt
 
 
@@ -5414,7 +5373,7 @@ def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: S
     """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
     item, url, items = leased.item, settings.queue.webhook, []
     event = "deferred" if state == "open" and leased.attempts == 1 else state
-    if item.kind == "event" or not item.sender:  # a bounce
+    if not item.sender:  # an event or a bounce
         return ()
     if event != "open" and url:  # in the form of Standard Webhooks; the queue id is the webhook-id
         data = {"queueid": item.queueid, "login": item.login or None, "addresser": item.sender}
@@ -5432,7 +5391,9 @@ def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: S
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> QueueItem:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
     item, to, queueid = leased.item, leased.to.recipient, new_queueid(now)
-    header = returned_header(item.message.copy(to, leased.to.number))
+    header = b""  # the fields by which a sender recognizes the message, as far as they are short
+    for match in RETURNED_FIELD.finditer(item.message.copy(to, leased.to.number).partition(b"\r\n\r\n")[0] + b"\r\n"):
+        header += match[0] if len(header) + len(match[0]) <= MAX_RETURNED else b""
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
     text = BOUNCE_TEMPLATE.format(
         item=item, to=to, attempts=leased.attempts, hostname=settings.hostname, queueid=queueid,
@@ -5448,14 +5409,6 @@ def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: f
     destination = destination_key(resolve_route(domain, "", settings)[0], domain)
     sender = NewRecipient(item.sender, item.sender, 1, destination)
     return QueueItem(queueid, "mail", "", item.login, now, message, (sender,))
-
-
-def returned_header(octets: bytes) -> bytes:
-    """Return the fields by which a sender recognizes the message, as far as they are short."""
-    found = b""
-    for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
-        found += match[0] if len(found) + len(match[0]) <= MAX_RETURNED else b""
-    return found
 
 
 RETURNED_FIELD = re.compile(rb"(?im)^(?:From|To|Subject|Date|Message-Id):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
@@ -5479,12 +5432,11 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}. Your mail to <{to}> could not be delivered.
+This is the mail system at {hostname}. Your mail to <{to}> could not be delivered
+and will not be tried again. The beginning of its header is attached.
 After {attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
-
-It will not be tried again. The beginning of its header is attached.
 
 --{boundary}
 Content-Type: message/delivery-status
@@ -5531,10 +5483,9 @@ class QueueDB:
     """The queue's file as one process uses it. One thread commits, and what comes meanwhile is the next transaction, so
     that many mails share one fsync."""
 
-    BUSY = 5.0  # seconds to wait for another process's lock
-
     def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
         self.settings, self.wake_socket = settings, wake_socket
+        self.timeout = 5.0  # seconds to wait for another program's lock
         self.waiting: list = []  # of (operation, values, future)
         self.committing: asyncio.Task | None = None
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -5558,7 +5509,7 @@ class QueueDB:
 
     async def _commit_waiting(self) -> None:
         while self.waiting:
-            batch, self.waiting = self.waiting, []
+            batch, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
             work = [(operation, values) for operation, values, _ in batch]
             results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
             for (_, _, future), result in zip(batch, results):
@@ -5587,21 +5538,21 @@ class QueueDB:
 
     def free_space(self) -> int:
         """Return how many octets the disk has free, -1 if it can't be used."""
-        try:
+        with contextlib.suppress(OSError):
             disk = os.statvfs(os.path.dirname(self.settings.path))
-        except OSError:
-            return -1
-        return disk.f_bavail * disk.f_frsize
+            return disk.f_bavail * disk.f_frsize
+        return -1
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
-        is_full = self.free_space() < self.settings.min_free
-        return "the queue can't be used" if self.fault else "disk full" if is_full else ""
+        full = "disk full" if self.free_space() < self.settings.min_free else ""
+        return "the queue can't be used" if self.fault else full
 
     def commit(self, work: list) -> list:
         """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
         import sqlite3
 
+        fault = ""
         try:
             self._lock()
             db = self._open()  # now, when no other process writes: the files may have been replaced
@@ -5610,18 +5561,21 @@ class QueueDB:
             db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
             self.close()
-            self._log_fault(f"{self.settings.path}: {error}")
-            return [Rejected(make_reply("store", mailer="Queue")) for _ in work]
+            fault = f"{self.settings.path}: {error}"
+            results = [Rejected(make_reply("store", mailer="Queue")) for _ in work]
         except Exception as error:  # a bug in one operation must not undo the others
             self.close()
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            return [error]
+            results = [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
-        self._log_fault("")
+        if fault != self.fault:
+            text = f"queue: {sanitize(fault)}; nothing is accepted into it" if fault else "queue: can be used again"
+            log.lines(text, level="error" if fault else "info")
+        self.fault = fault
         return results
 
     def close(self, for_good: bool = False) -> None:
@@ -5632,12 +5586,6 @@ class QueueDB:
         if for_good and self.locks:
             os.close(self.locks)
             self.locks = 0
-
-    def _log_fault(self, error: str) -> None:
-        if error != self.fault:
-            text = f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again"
-            log.lines(text, level="error" if error else "info")
-        self.fault = error
 
     def _lock(self) -> None:
         """Lock the lock file's first byte, for a transaction, and the one of this process's slot, for good. The kernel
@@ -5669,22 +5617,25 @@ class QueueDB:
         for name in paths:
             if name == path or os.path.lexists(name):
                 os.close(open_private(name, os.O_RDONLY))
-        db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
+        db = self.db = sqlite3.connect(path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            db.execute(f"PRAGMA {pragma}")
-        migrate(db)
+        db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if not version:
+            db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
+        elif version != SCHEMA_VERSION:
+            way_out = "let the Haineko that wrote it deliver what waits, then delete it"
+            raise OSError(f"{OTHER_VERSION} {version}, this Haineko's is {SCHEMA_VERSION}: {way_out}")
         self.file_ids = list(map(file_id, paths))
         return db
 
 
 def file_id(file: str | int) -> tuple | None:
     """Return the device and inode of a path or an open file, None if there is none."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         found = os.stat(file)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
+        return found.st_dev, found.st_ino
+    return None
 
 
 def open_private(path: str, flags: int) -> int:
@@ -5706,10 +5657,8 @@ SCHEMA = """
         sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
         open_recipients INTEGER NOT NULL, completed_at REAL,  -- neither delivered nor given up; when none was left
         owner INTEGER,                     -- slot of the process that has yet to answer its client
-        key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
-        body_digest BLOB, response TEXT,   -- of the request; JSON of status, headers, body
-        size INTEGER NOT NULL,             -- octets of the message
-        parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        key BLOB UNIQUE, body_digest BLOB, response TEXT,  -- with Idempotency-Key; JSON of status, headers, body
+        size INTEGER NOT NULL, parts TEXT NOT NULL,  -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), length of each part, DSN
         octets BLOB NOT NULL               -- the parts; empty once completed
     );
     CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
@@ -5728,32 +5677,6 @@ SCHEMA = """
     CREATE INDEX recipients_by_age ON recipients(destination, created_at) WHERE due IS NOT NULL;
     CREATE INDEX recipients_held ON recipients(destination) WHERE state='held'
 """
-# Each upgrades a file from the version before (PRAGMA user_version), the first one from version 1 to 2.
-MIGRATIONS = (
-    """
-    ALTER TABLE messages RENAME COLUMN born TO created_at;
-    ALTER TABLE messages RENAME COLUMN open TO open_recipients;
-    ALTER TABLE messages RENAME COLUMN done TO completed_at;
-    ALTER TABLE messages RENAME COLUMN body TO body_digest;
-    ALTER TABLE messages RENAME COLUMN answer TO response;
-    ALTER TABLE recipients RENAME COLUMN given TO as_written;
-    ALTER TABLE recipients RENAME COLUMN lane TO destination;
-    ALTER TABLE recipients RENAME COLUMN born TO created_at;
-    ALTER TABLE recipients ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;
-    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held';
-    DROP INDEX messages_by_owner
-    """,
-)
-
-
-def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
-    """Bring the file to the newest version in one transaction; refuse a newer one."""
-    version, newest = db.execute("PRAGMA user_version").fetchone()[0], 1 + len(migrations)
-    if version > newest:
-        raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    if version < newest:
-        script = ";".join(migrations[version - 1 :] if version else (SCHEMA,))
-        db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version={newest}; COMMIT")
 
 
 # -- Operations on the file, called as operation(db, slot, *values) within a transaction; rows are sqlite3.Row
@@ -5769,42 +5692,31 @@ def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, le
         if earlier := db.execute(sql, (item.key,)).fetchone():
             return earlier
     octets, flags = b"".join(item.message.parts), item.message.needs_8bitmime + 2 * item.message.needs_smtputf8
+    parts = json.dumps([flags, *map(len, item.message.parts), *item.message.dsn])
     owner = slot if leased or results else None
-    message = insert(
-        db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
-        created_at=item.created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
-        body_digest=item.body_digest, size=len(octets), octets=octets,
-        parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
-    )  # fmt: skip
+    message = db.execute(
+        "INSERT INTO messages (queueid, kind, sender, login, created_at, open_recipients, owner, key, body_digest,"
+        " response, size, parts, octets) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (item.queueid, item.kind, item.sender, item.login, item.created_at, len(item.recipients), owner, item.key,
+         item.body_digest, item.response, len(octets), parts, octets),
+    ).lastrowid  # fmt: skip
     starts_at = max(item.created_at, item.send_at)  # the lifetime counts from then
     due = starts_at if owner is None else None
-    state = {"message": message, "state": "open", "created_at": starts_at, "due": due, "owner": owner}
-    for recipient in item.recipients:
-        insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
+    db.executemany(
+        "INSERT INTO recipients (as_written, recipient, number, destination, message, state, created_at, due, owner,"
+        " attempts, history) VALUES (?, ?, ?, ?, ?, 'open', ?, ?, ?, 0, '[]')",
+        [(*recipient, message, starts_at, due, owner) for recipient in item.recipients],
+    )
     if results:  # their attempts took a while
         finish_request(db, slot, item.queueid, results, None, max(time.time(), item.created_at))
+    for other in item.others:
+        enqueue(db, slot, other)
     return None
-
-
-def enqueue_all(db: Any, slot: int, items: list, response: str | None) -> Any:
-    """Store the mails of a request and its response; or return the earlier mail with the key of the first."""
-    earlier = enqueue(db, slot, items[0])
-    if not earlier:
-        for item in items[1:]:
-            enqueue(db, slot, item)
-        finish_request(db, slot, items[0].queueid, [], response, items[0].created_at)
-    return earlier
-
-
-def insert(db: Any, table: str, **values: Any) -> int:
-    """Insert a row and return its id."""
-    places = ",".join("?" * len(values))
-    return db.execute(f"INSERT INTO {table} ({','.join(values)}) VALUES ({places})", (*values.values(),)).lastrowid
 
 
 def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
     """Record the results of a mail's first attempts, and the response to its client."""
-    sql = "SELECT r.id FROM recipients r JOIN messages m ON m.id=r.message WHERE queueid=? ORDER BY r.id"
+    sql = f"SELECT r.id FROM {BOTH_TABLES} WHERE queueid=? ORDER BY r.id"
     for row, result in zip(db.execute(sql, (queueid,)).fetchall(), results):
         finish_attempt(db, slot, row["id"], result, now)
     db.execute("UPDATE messages SET owner=NULL, response=? WHERE queueid=?", (response, queueid))
@@ -5829,7 +5741,7 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
 
 
 def close_recipients(db: Any, message: int, count: int, now: float) -> None:
-    """Count recipients that are done with; after the last one delete the octets; the result stays until purge()."""
+    """Count recipients that are done with; after the last one delete the octets; the result stays for a day."""
     db.execute("UPDATE messages SET open_recipients=open_recipients-? WHERE id=?", (count, message))
     db.execute("UPDATE messages SET completed_at=?, octets=x'' WHERE id=? AND open_recipients<=0", (now, message))
 
@@ -5837,17 +5749,17 @@ def close_recipients(db: Any, message: int, count: int, now: float) -> None:
 def add_attempt(history: str, now: float, reply: Reply) -> str:
     """Return the JSON of the attempts with one more; the ones in the middle go if there are too many."""
     lines = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
-    attempts = json.loads(history)
+    attempts: list = []
+    with contextlib.suppress(ValueError, TypeError):  # of a damaged file
+        attempts += json.loads(history)
     attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, lines, reply.mailer, reply.host, reply.port])
     return ENCODER.encode(attempts[:1] + attempts[1:][1 - MAX_HISTORY :])
 
 
-def parse_history(history: str) -> tuple:
-    """Return the Attempts that add_attempt() wrote."""
-    return tuple([
-        Attempt(when, Reply(code, dsn, command, tuple(lines), *place))
-        for when, code, dsn, command, lines, *place in json.loads(history)
-    ])  # fmt: skip
+def parse_history(history: str) -> list:
+    """Return (time, Reply) of each attempt that add_attempt() wrote."""
+    attempts = json.loads(history)
+    return [(at, Reply(code, dsn, step, tuple(lines), *host)) for at, code, dsn, step, lines, *host in attempts]
 
 
 def lease_due(db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired: float) -> list:
@@ -5864,31 +5776,33 @@ def lease_due(db: Any, slot: int, now: float, limit: int, in_flight: dict, throt
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
             rows += db.execute(EXPIRED_SQL, (destination, expired, attempts, MAX_EXPIRED)).fetchall()
-        for row_id, interruptions, is_expired in {row["id"]: row for row in rows}.values():
-            if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
-                suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
-                leased.append(lease(db, slot, row_id, is_expired))
+        for row in {row["id"]: row for row in rows}.values():
+            if row["interruptions"] >= MAX_INTERRUPTIONS - 1 and suspect:
+                continue
+            try:
+                leased.append(leased_recipient(row))
+                db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row["id"]))
+                suspect = suspect or row["interruptions"] >= MAX_INTERRUPTIONS - 1
+            except (ValueError, TypeError):  # the file is damaged; the row would keep all others from being read
+                log_exception(row["queueid"])
+                db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row["id"],))
         free -= len(rows)
     return leased
 
 
-def lease(db: Any, slot: int, row_id: int, is_expired: int) -> LeasedRecipient:
-    db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
-    row = db.execute(
-        "SELECT r.*, queueid, kind, sender, login, parts, octets"
-        " FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
-    ).fetchone()  # fmt: skip
+def leased_recipient(row: Any) -> LeasedRecipient:
     history, octets, parts = parse_history(row["history"]), io.BytesIO(row["octets"]), json.loads(row["parts"])
     flags, *lengths = [part for part in parts if type(part) is int]
     dsn = tuple([part for part in parts if type(part) is str]) or DEFAULT_DSN  # absent in files of older versions
     message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn)
     item = QueueItem(row["queueid"], row["kind"], row["sender"], row["login"], row["created_at"], message)
     to = NewRecipient(*[row[name] for name in NewRecipient._fields])
-    return LeasedRecipient(row_id, item, to, row["attempts"], history, bool(is_expired and history))
+    return LeasedRecipient(row["id"], item, to, row["attempts"], history, bool(row["expired"] and history))
 
 
-def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
-    """Release the leases of processes that have ended; `queue_db` has the lock file."""
+def maintain(db: Any, slot: int, queue_db: QueueDB, now: float, set_back: bool = False) -> None:
+    """Release the leases of processes that have ended (`queue_db` has the lock file); delete some of what is old. If
+    the clock was set back, make due what would wait longer than any pause, but not what is to be sent later."""
     sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
     for (owner,) in db.execute(sql, (slot,)).fetchall():
         try:
@@ -5897,12 +5811,18 @@ def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> No
             continue
         release_leases(db, owner, queue_db.settings, now)
         fcntl.lockf(queue_db.locks, fcntl.LOCK_UN, 1, owner)
+    sql = "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE completed_at<? LIMIT 500)"
+    db.execute(sql, (now - RETENTION,))
+    if set_back:
+        latest = now + 1.2 * max(queue_db.settings.retry_after)
+        created_at = "(SELECT created_at FROM messages WHERE id=message)"
+        db.execute(f"UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<={created_at})", (now, latest))
 
 
 def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, where: str = "", *values: Any) -> None:
     """End the leases of a slot, or those that an SQL condition selects; their mail may have been sent."""
     reply = make_reply("interrupted", mailer="Queue")
-    sql = f"SELECT r.*, m.queueid FROM recipients r JOIN messages m ON m.id=r.message WHERE r.owner=?{where}"
+    sql = f"SELECT r.*, m.queueid FROM {BOTH_TABLES} WHERE r.owner=?{where}"
     for row in db.execute(sql, (owner, *values)).fetchall():
         count = row["interruptions"] + 1
         held = count >= MAX_INTERRUPTIONS
@@ -5913,12 +5833,6 @@ def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, whe
         result = AttemptResult(reply, "held" if held else "open", pause, interruptions=count)
         finish_attempt(db, owner, row["id"], result, now)
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
-
-
-def purge(db: Any, slot: int, now: float) -> None:
-    """Delete some of what was completed long ago."""
-    sql = "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE completed_at<? LIMIT 500)"
-    db.execute(sql, (now - RETENTION,))
 
 
 def message_status(db: Any, slot: int, queueid: str) -> dict | None:
@@ -5944,11 +5858,9 @@ def queue_stats(db: Any, slot: int, now: float) -> dict:
 
 def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
     """Return rows of the next recipients that are open or held, in the order in which they came."""
-    return db.execute(
-        f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state IN ('open', 'held') ORDER BY r.id LIMIT ?",
-        (row_id, limit),
-    ).fetchall()
+    columns = f"r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL}"
+    sql = f"SELECT {columns} FROM {BOTH_TABLES} WHERE r.id>? AND r.state IN ('open', 'held') ORDER BY r.id LIMIT ?"
+    return db.execute(sql, (row_id, limit)).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
@@ -5968,13 +5880,6 @@ def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
     if count := db.execute(sql, (queueid,)).rowcount:
         close_recipients(db, message["id"], count, now)
     return count
-
-
-def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
-    """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
-    latest = now + 1.2 * max(settings.retry_after)
-    created_at = "(SELECT created_at FROM messages WHERE id=message)"
-    db.execute(f"UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<={created_at})", (now, latest))
 
 
 # -- The process that delivers
@@ -5997,10 +5902,8 @@ class QueueManager:
             try:
                 if time.monotonic() - checked_at > 1:
                     checked_at = time.monotonic()
-                    await self.db.do(reclaim_dead_leases, self.db, now)
-                    await self.db.do(purge, now)
-                    if now - checked_at < clock_offset - 60:  # the clock was set back, perhaps while no process ran
-                        await self.db.do(correct_due, self.db.settings, now)
+                    set_back = now - checked_at < clock_offset - 60  # at the start: perhaps while no process ran
+                    await self.db.do(maintain, self.db, now, set_back)
                     clock_offset = now - checked_at  # from time.monotonic()
                 await self._schedule(now)
                 await wakeups.recv(65536, time.monotonic() + 1)
@@ -6026,61 +5929,59 @@ class QueueManager:
             await self._attempt_and_record(leased)
         except Exception:  # nobody else would end the lease
             log_exception(leased.item.queueid)
-            lease = self.db.settings, time.time(), " AND r.id=?", leased.id
-            await self.db.do_eventually(release_leases, *lease)
+            await self.db.do_eventually(release_leases, self.db.settings, time.time(), " AND r.id=?", leased.id)
         finally:
             self.in_flight[leased.to.destination] -= 1
         self.db.wake_manager()
 
     async def _attempt_and_record(self, leased: LeasedRecipient) -> None:
         """Make an attempt, log and record its result; if the mail has expired, that of the last attempt is final."""
-        settings, item = self.app.settings, leased.item
+        settings, item, destination = self.app.settings, leased.item, ""
         if leased.expired:
-            reply, result = leased.history[-1].reply, AttemptResult(None, "failed")
+            (_, reply), result = leased.history[-1], AttemptResult(None, "failed")
         else:
             reply, destination = await self._attempt(leased, settings)
             leased, age = leased._replace(attempts=leased.attempts + 1), time.time() - item.created_at
             result = attempt_result(reply, leased.attempts, age, random_unit(), settings.queue)
-            result = result._replace(destination=destination)
-            self._throttle(leased.to.destination, reply, settings.queue)
-        now, state, relay = time.time(), result.state, (reply.mailer or "")
+        now, state, relay = time.time(), result.state, reply.mailer or ""
         note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
         note += "; may arrive twice" if reply.maybe_delivered else ""
-        status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[state]
+        waits = "unsure" if reply.maybe_delivered else "deferred"
+        outcomes = {"delivered": ("sent", "accepted"), "failed": ("bounced", "failed"), "open": ("deferred", waits)}
+        status, outcome = outcomes[state]
         fields = {"queueid": item.queueid, "from": item.sender, "to": [leased.to.recipient]}
         log_reply("attempt", reply, status, max(now - item.created_at, 0), note, **fields)
         if item.kind == "event":
             metrics.add("haineko_webhook_events_total", "deferred" if state == "open" else state)
         else:
-            outcome = {"delivered": "accepted", "failed": "failed"}.get(state)
-            outcome = outcome or ("unsure" if reply.maybe_delivered else "deferred")
             relay = "File" if relay.startswith("/") else relay if relay in RELAYS else "other"
             metrics.add("haineko_recipients_total", relay, outcome)
-        result = result._replace(follow_ups=notifications(leased, reply, state, settings, now))
+        follow_ups = notifications(leased, reply, state, settings, now)
+        result = result._replace(destination=destination, follow_ups=follow_ups)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
-        """Return the reply to an attempt and its destination, by the settings that are in force now."""
-        item, recipient = leased.item, leased.to.recipient
+        """Return the reply to an attempt and its destination, by the settings that are in force now. A failure to open
+        a session throttles the destination, for the third pause at most: new mail waits too."""
+        item, recipient, before = leased.item, leased.to.recipient, leased.to.destination
         if item.kind == "event":
-            return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
-        redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
-        elsewhere = redirect and recipient not in redirect  # mail from before, or a bounce
-        to = parse_address(redirect[0] if elsewhere else recipient)
-        sandbox = leased.to.destination == destination_key(SANDBOX_ROUTE, "")
-        route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
-        envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
-        result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
-        return result.replies[0], destination_key(route, to.domain)
-
-    def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """Throttle a destination after a failure to open a session, for the third pause at most: new mail waits too."""
-        (until, failures), now = self.throttled.get(destination, (0.0, 0)), time.monotonic()
+            reply = await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http)
+            destination = before
+        else:
+            redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
+            to = parse_address(redirect[0] if redirect and recipient not in redirect else recipient)  # mail from before
+            sandbox = before == destination_key(SANDBOX_ROUTE, "")
+            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
+            envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
+            result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
+            reply, destination = result.replies[0], destination_key(route, to.domain)
+        (until, failures), now = self.throttled.get(before, (0.0, 0)), time.monotonic()
         if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
-            self.throttled.pop(destination, None)
+            self.throttled.pop(before, None)
         elif until <= now:
-            pause = attempt_result(reply, min(failures + 1, 3), 0, random_unit(), settings).pause
-            self.throttled[destination] = now + pause, failures + 1
+            pause = attempt_result(reply, min(failures + 1, 3), 0, random_unit(), settings.queue).pause
+            self.throttled[before] = now + pause, failures + 1
+        return reply, destination
 
 
 def log_reply(event: str, reply: Reply, status: str, delay: float | None, note: str = "", **fields: Any) -> None:
@@ -6136,6 +6037,8 @@ class Response(NamedTuple):
     headers: tuple = ()  # of (name, value)
     type: str = "application/json; charset=utf-8"
 
+    serialized = property(lambda self: ENCODER.encode([self.status, self.headers, self.body.decode()]))  # for the queue
+
 
 class Mail(NamedTuple):
     """A mail on its way from the request to the answer; without transactions it is refused."""
@@ -6149,9 +6052,7 @@ class Mail(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None
 
-    @property
-    def refused(self) -> dict:
-        return {to: reply for to, reply in self.replies.items() if reply and not reply.accepted}
+    refused = property(lambda self: {to: reply for to, reply in self.replies.items() if reply and not reply.accepted})
 
     @property
     def error(self) -> Reply | None:
@@ -6171,8 +6072,8 @@ class Mail(NamedTuple):
 
 async def submit(request: Request, app: App) -> Response:
     """Answer POST /submit: take a mail from its JSON to the replies of the other side."""
-    settings, queueid = request.settings or app.settings, new_queueid(request.now)
-    mail = await prepare(request, parse_submission, request.body, settings, queueid)
+    settings = request.settings = request.settings or app.settings
+    mail = await prepare(request, parse_submission, request.body)
     if not mail.transactions:
         return respond(request, mail)
     if mail.submission.dry_run:
@@ -6182,45 +6083,42 @@ async def submit(request: Request, app: App) -> Response:
             item = new_item(request, mail)
             if earlier := await app.queue.add(enqueue, item, None, not mail.is_async):
                 return await replay_response(request, mail, earlier, app)
-        results: list = []
         if mail.is_async:
             announce_queued(request, [item], app)
-            replies = [queued_reply(queueid)] * len(mail.accepted)
+            replies, results = [queued_reply(mail.queueid)] * len(mail.accepted), []
         else:
             replies = log_results(request, await deliver(mail.transactions, app.transport, settings))
-            if app.queue:
-                replies, results = await queue_deferred(request, mail, replies, settings, app)
+            replies, results = await queue_deferred(request, mail, replies, app)
         count_recipients(mail.transactions, replies)
         mail.add_replies(replies)
         response = respond(request, mail)
         if mail.key:
-            await app.queue.do_eventually(finish_request, queueid, results, serialize_response(response), time.time())
+            await app.queue.do_eventually(finish_request, mail.queueid, results, response.serialized, time.time())
         return response
     except Rejected as error:
         return respond(request, mail._replace(replies={None: error.reply}))
     except Exception:  # a bug: what this request has leased is left to the queue
         if app.queue:
-            lease = app.queue.settings, time.time(), " AND m.queueid=?", queueid
-            await app.queue.do_eventually(release_leases, *lease)
+            await app.queue.do_eventually(release_leases, settings.queue, time.time(), " AND m.queueid=?", mail.queueid)
         raise
 
 
-async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> Mail:
+async def prepare(request: Request, parse: Callable, body: Any) -> Mail:
     """Parse, check, compose and plan a mail, in a thread if it takes long; parse(body) returns a SubmissionResult."""
-    submission = None
+    submission, queueid = None, new_queueid(request.now)
     try:
-        values = request, parse, body, settings
+        values = request, parse, body
         parsed = await asyncio.to_thread(parse_and_check, *values) if is_expensive(body) else parse_and_check(*values)
         submission, replies, accepted, digest = parsed
-        is_async, key = queue_options(request, submission, settings)
+        is_async, key = queue_options(request, submission)
         if not accepted:
             return Mail(queueid, submission, replies)
         if body is request.body:
             request.body = body = b""  # its memory is needed for the message
-        values = request, submission, settings, queueid, accepted
+        values = request, submission, queueid, accepted
         in_thread = is_expensive(submission)
-        message = await asyncio.to_thread(compose_and_check, *values) if in_thread else compose_and_check(*values)
-        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        planned = await asyncio.to_thread(compose_and_plan, *values) if in_thread else compose_and_plan(*values)
+        transactions, accepted = planned
     except Rejected as error:
         return Mail(queueid, submission, {None: error.reply})
     if submission.attachments or submission.raw:  # they only fill memory now
@@ -6233,21 +6131,19 @@ def count_recipients(transactions: list, replies: list) -> None:
     """Count the final replies to a request in the metrics."""
     relays = [transaction.route.relay for transaction in transactions for _ in transaction.recipients]
     for relay, reply in zip(relays, replies):
-        if reply.accepted:
-            outcome = "queued" if reply.origin == "queue" else "accepted"
-        else:
-            outcome = "unsure" if reply.maybe_delivered else "deferred" if reply.temporary else "refused"
+        outcome = {"sent": "accepted", "deferred": "deferred", "bounced": "refused"}[reply.log_status]
+        outcome = "queued" if reply.origin == "queue" else "unsure" if reply.maybe_delivered else outcome
         metrics.add("haineko_recipients_total", relay, outcome)
 
 
-def parse_and_check(request: Request, parse: Callable, body: Any, settings: Settings) -> tuple:
+def parse_and_check(request: Request, parse: Callable, body: Any) -> tuple:
     """Return (Submission, {recipient: the Reply that refuses it, or None}, Mailboxes of the others, digest of the
     document if there is an Idempotency-Key); raise Rejected with every error, or by the first check that fails."""
     submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
-    apply_checks(CHECKS["submission"], request, submission, settings)
-    replies, accepted = check_recipients(request, submission, settings)
+    apply_checks(CHECKS["submission"], request, submission, request.settings)
+    replies, accepted = check_recipients(request, submission, request.settings)
     digest = document_digest(body) if "idempotency-key" in request.headers and body is request.body else None
     return submission, replies, accepted, digest
 
@@ -6258,10 +6154,10 @@ def document_digest(body: Any) -> bytes:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
-def compose_and_check(
-    request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
-) -> Message:
-    """Return the message; raise Rejected if a check of the message fails."""
+def compose_and_plan(request: Request, submission: Submission, queueid: str, accepted: list) -> tuple:
+    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, by MX one
+    each domain; else each. Raise Rejected if a check fails, and for commands of cloud relays that a route forbids."""
+    settings, sender = request.settings, parse_address(submission.mail) or NULL_SENDER
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
     shown = apply_staging(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
     message = compose(shown, queueid, request.client, settings.hostname, now)
@@ -6270,7 +6166,20 @@ def compose_and_check(
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS["message"], request, submission, settings)
-    return message
+    groups, transactions, signed = {}, [], {}
+    for i, mailbox in enumerate([parse_address(to) for to in settings.smtpd.redirect] or accepted):
+        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
+        key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
+        groups.setdefault(key, (route, []))[1].append(mailbox)
+    given = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    names = [name for name in dict(given) if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name)]
+    if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
+        lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
+        raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
+    for number, (route, mailboxes) in enumerate(groups.values(), 1):
+        envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
+        transactions.append(Transaction(route, *envelope, message, number, settings.dkim, submission.trace, signed))
+    return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
 def apply_staging(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
@@ -6304,9 +6213,8 @@ def describe_route(route: Route) -> str:
     if route.fallbacks:
         return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
-    login = f", AUTH as {route.auth}" if route.auth else ""
     where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
-    return where + tls + login
+    return where + tls + (f", AUTH as {route.auth}" if route.auth else "")
 
 
 def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
@@ -6321,10 +6229,10 @@ def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
         log_reply("rejection", reply, reply.log_status, None, **fields)
 
 
-def queue_options(request: Request, submission: Submission, settings: Settings) -> tuple:
+def queue_options(request: Request, submission: Submission) -> tuple:
     """Return (whether to answer at once, digest of login, path and Idempotency-Key or None). Both need a queue."""
     key, later = request.headers.get("idempotency-key"), submission.send_at is not None
-    if not settings.queue:
+    if not request.settings.queue:
         asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
         if any(asked.values()):  # to ignore them would be unsafe; Prefer may be ignored
             raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
@@ -6332,8 +6240,7 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
     is_async = later or submission.async_ or prefers_async(request)
     if key is None:
         return is_async, None
-    found = IDEMPOTENCY_KEY.fullmatch(key)
-    if not found:
+    if not (found := IDEMPOTENCY_KEY.fullmatch(key)):
         raise Rejected(make_reply("key-form"))
     owner = request.login or f"[{request.client}]"  # nobody else may read the response
     return is_async, hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
@@ -6364,11 +6271,11 @@ def announce_queued(request: Request, items: list, app: App) -> None:
     app.queue.wake_manager()
 
 
-async def queue_deferred(request: Request, mail: Mail, replies: list, settings: Settings, app: App) -> tuple:
+async def queue_deferred(request: Request, mail: Mail, replies: list, app: App) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
-    if not (mail.key or any(reply.temporary for reply in replies)):
+    if not app.queue or not (mail.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now = new_item(request, mail), time.time()
+    item, settings, now = new_item(request, mail), request.settings, time.time()
     results = [attempt_result(reply, 1, 0.0, random_unit(), settings.queue) for reply in replies]
     waiting = [i for i, result in enumerate(results) if result.state == "open"]
     for i in waiting:  # only a delay is reported, since the response has the others
@@ -6390,91 +6297,55 @@ async def queue_deferred(request: Request, mail: Mail, replies: list, settings: 
 
 async def replay_response(request: Request, mail: Mail, earlier: Any, app: App) -> Response:
     """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
-    queueid, answered = earlier["queueid"], earlier["response"]
+    queueid, stored = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != mail.body_digest:
         raise Rejected(make_reply("key-reused"))
-    if answered is None and earlier["owner"] is not None:
+    if stored is None and earlier["owner"] is not None:
         raise Rejected(make_reply("key-running"))
-    if answered is None:  # its process ended before it could answer; the queue has taken the mail over
+    if stored is None:  # its process ended before it could answer; the queue has taken the mail over
         rows = {row["as_written"]: row for row in (await app.queue.do(message_status, queueid))["recipients"]}
         mail.add_replies([current_reply(queueid, rows[mailbox.as_written]) for mailbox in mail.accepted])
-        answered = serialize_response(respond(request, mail._replace(queueid=queueid)))
-        await app.queue.do(finish_request, queueid, [], answered, request.now)
-    return stored_response(answered)
-
-
-def serialize_response(result: Response) -> str:
-    return ENCODER.encode([result.status, result.headers, result.body.decode()])
-
-
-def stored_response(text: str) -> Response:
-    status, headers, body = json.loads(text)
+        stored = respond(request, mail._replace(queueid=queueid)).serialized
+        await app.queue.do(finish_request, queueid, [], stored, request.now)
+    status, headers, body = json.loads(stored)
     return Response(status, body.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
     """Return the reply for the state of a recipient in the queue."""
     history = parse_history(row["history"])
-    reply = history[-1].reply if history else None
+    _, reply = history[-1] if history else (0, None)
     return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
-
-
-def plan_transactions(
-    submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
-) -> tuple:
-    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, by MX one
-    each domain; else each. Raise Rejected for commands of cloud relays that a route does not let a client send."""
-    groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
-    accepted = [parse_address(to) for to in settings.smtpd.redirect] or accepted
-    for i, mailbox in enumerate(accepted):
-        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
-        key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
-        groups.setdefault(key, (route, []))[1].append(mailbox)
-    given = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
-    names = [name for name in dict(given) if re.fullmatch(r"(?i)X-(MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", name)]
-    if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
-        lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
-        raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
-    transactions, signed = [], {}
-    for number, (route, mailboxes) in enumerate(groups.values(), 1):
-        envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
-        transactions.append(Transaction(route, *envelope, message, number, settings.dkim, submission.trace, signed))
-    return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
-    if len(transactions) == 1:
-        return [await run_transaction(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
-
-    async def one(transaction: Transaction) -> TransactionResult:
-        async with limit:
-            return await run_transaction(transaction, transport)
-
-    return await asyncio.gather(*map(one, transactions))
+    runs = [run_transaction(transaction, transport, limit) for transaction in transactions]
+    return [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
 
 
-async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
+async def run_transaction(transaction: Transaction, transport: TransportContext, limit: Any) -> TransactionResult:
     """Attempt a transaction, and again as its route says for recipients that failed temporarily; trace it if asked."""
-    if transaction.trace:
-        log.trace.set(lines := [])
-    result, route = await attempt_transaction(transaction, transport), transaction.route
-    replies, started = result.replies, time.monotonic() - result.ms / 1000
-    for _ in range(route.retry):
-        waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
-        pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
-        if not waiting or pause > max(route.sleep, MAX_INLINE_WAIT):
-            break  # the client reads Retry-After
-        await asyncio.sleep(pause)
-        recipients = tuple([transaction.recipients[i] for i in waiting])
-        again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
-        for i, reply in zip(waiting, again.replies):
-            replies[i] = reply
-    if transaction.trace:
-        log.trace.set(None)
-        replies = [reply._replace(dialogue=tuple(lines)) for reply in replies]
-    return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
+    async with limit:
+        if transaction.trace:
+            log.trace.set(lines := [])
+        result, route = await attempt_transaction(transaction, transport), transaction.route
+        replies, started = result.replies, time.monotonic() - result.ms / 1000
+        for _ in range(route.retry):
+            waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
+            pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
+            if not waiting or pause > max(route.sleep, MAX_INLINE_WAIT):
+                break  # the client reads Retry-After
+            await asyncio.sleep(pause)
+            recipients = tuple([transaction.recipients[i] for i in waiting])
+            again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
+            for i, reply in zip(waiting, again.replies):
+                replies[i] = reply
+        if transaction.trace:
+            log.trace.set(None)
+            replies = [reply._replace(dialogue=tuple(lines)) for reply in replies]
+        return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
 
 
 def http_status(replies: Any) -> int:
@@ -6536,8 +6407,7 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
     elif status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="Haineko", charset="UTF-8"'
     elif status in LEAST_RETRY_AFTER:
-        seconds = max([LEAST_RETRY_AFTER[status], *[reply.retry_after for reply in replies.values()]])
-        headers["Retry-After"] = str(seconds)
+        headers["Retry-After"] = str(max(LEAST_RETRY_AFTER[status], *[reply.retry_after for reply in replies.values()]))
     if request.rate:
         rate, state = request.rate
         left, reset = state.remaining, math.ceil(state.reset)
@@ -6576,7 +6446,8 @@ class Provider(NamedTuple):
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
     answer: Callable  # ([Mail, ...], their JSON values, dry_run) -> Response or document
-    error: Callable  # (reply, request) -> (HTTP status, document)
+    errors: dict  # {name in REPLIES, "no-login", or HTTP status of POST /submit: (HTTP status, name of the error)}
+    error: Callable  # (reply, name of the error, HTTP status) -> document
     read: Callable = lambda document: [document]  # returns the mails
     is_test: Callable = lambda document: False  # everything is checked, nothing sent; see is_postmark_test() as well
     is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
@@ -6584,57 +6455,37 @@ class Provider(NamedTuple):
 
 async def answer_provider(request: Request, app: App) -> Response:
     """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
-    settings, provider = request.settings, PROVIDER_ENDPOINTS[request.path]
+    settings, provider, prepared, octets = request.settings, PROVIDER_ENDPOINTS[request.path], [], 0
     try:
         document = await asyncio.to_thread(parse_json, request.body)
     except ValueError as error:
         raise Rejected(make_reply("json", sanitize(str(error)))) from None
     mails, dry_run = provider.read(document), provider.is_test(document) or is_postmark_test(request)
-    prepared = await prepare_mails(request, mails, provider, settings)
-    ready, permissive = [mail for mail in prepared if mail.transactions], provider.is_permissive(request)
-    for mail in prepared:
-        if mail.error and not permissive:
-            return provider_error(mail.error, request)
-    if app.queue or dry_run:
-        for mail in ready:
-            mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
-    else:
+    parse, permissive = functools.partial(parse_mail, provider), provider.is_permissive(request)
+    for raw in mails:
+        mail = await prepare(request, parse, raw)
+        if mail.refused:
+            log_rejections(request, mail, mail.refused)
+        octets += request.message_size if mail.transactions else 0
+        if octets > MAX_CALL:  # SendGrid's mails share their attachments
+            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
+        prepared.append(mail)
+    ready, queued = [mail for mail in prepared if mail.transactions], dry_run or app.queue
+    failed = next((mail.error for mail in prepared if mail.error), None)
+    if not queued and (permissive or not failed):
         results = iter(await deliver([one for mail in ready for one in mail.transactions], app.transport, settings))
         for mail in ready:
             replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
             count_recipients(mail.transactions, replies)
             mail.add_replies(replies)
-        if all(mail.error for mail in prepared) and not permissive:
-            return provider_error(prepared[0].error, request)
+        failed = prepared[0].error if all(mail.error for mail in prepared) else None
+    if failed and not permissive:
+        return provider_error(failed, request)
+    for mail in ready if queued else ():
+        mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
     return await store_mails(request, ready, response, app) if ready and app.queue and not dry_run else response
-
-
-async def prepare_mails(request: Request, mails: list, provider: Provider, settings: Settings) -> list:
-    """Prepare the mails; log their refused recipients, and name keys in errors as the provider does."""
-    prepared, octets, parse = [], 0, functools.partial(parse_mail, provider)
-    for raw in mails:
-        mail = await prepare(request, parse, raw, settings, new_queueid(request.now))
-        if mail.refused:
-            log_rejections(request, mail, mail.refused)
-        replies = {to: reply and use_provider_keys(reply, provider.names) for to, reply in mail.replies.items()}
-        prepared.append(mail._replace(replies=replies))
-        octets += request.message_size if mail.transactions else 0
-        if octets > MAX_CALL:  # SendGrid's mails share their attachments
-            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
-    return prepared
-
-
-def use_provider_keys(reply: Reply, names: dict) -> Reply:
-    """Replace the key of a submission at the start of each line of an error."""
-
-    def name(found: re.Match) -> str:
-        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
-        return names.get(key.lower()) or (f"{names['headers']}.{key}" if found[1] else key)
-
-    lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
-    return reply._replace(message=(reply.message[0], *lines))
 
 
 async def store_mails(request: Request, mails: list, response: Response, app: App) -> Response:
@@ -6646,11 +6497,9 @@ async def store_mails(request: Request, mails: list, response: Response, app: Ap
         for to, reply in mail.refused.items():
             leased = LeasedRecipient(0, items[-1], NewRecipient(to, to, 1, ""), attempts=1)
             reports += notifications(leased, reply, "failed", request.settings, request.now)
-    earlier = await app.queue.add(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
-    if earlier and earlier["body_digest"] != digest:
-        raise Rejected(make_reply("key-reused"))
-    if earlier:
-        return stored_response(earlier["response"])
+    first = items[0]._replace(response=response.serialized if key else None, others=(*items[1:], *reports))
+    if earlier := await app.queue.add(enqueue, first):
+        return await replay_response(request, mails[0]._replace(body_digest=digest), earlier, app)
     for mail in mails:
         count_recipients(mail.transactions, [queued_reply(mail.queueid)] * len(mail.accepted))
     announce_queued(request, items, app)
@@ -6725,13 +6574,9 @@ def read_personalizations(document: Any) -> list:
     """Return one mail for each personalization, whose keys take the place of the document's."""
     whole = document if isinstance(document, dict) else {}
     content = whole.get("content") if isinstance(whole.get("content"), list) else []
-    mails, whole = [], {**whole, "content": []}  # what remains of it is not supported
-    for item in content:
-        kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
-        if kind in ("text/plain", "text/html"):
-            whole[f"content.{kind}"] = item.get("value")
-        else:
-            whole["content"].append(item)
+    objects, mails = [item if isinstance(item, dict) else {} for item in content], []
+    texts = {f"content.{str(item.get('type')).partition(';')[0]}": item.get("value") for item in objects}
+    whole = {**whole, **texts, "content": texts.keys() - SENDGRID_KEYS.values()}  # what remains is not supported
     for i, part in enumerate(read_batch(whole.get("personalizations"), 1000, "personalizations")):
         mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
         mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
@@ -6761,56 +6606,54 @@ def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
     return Response(200 if dry_run else 202, b"", (("X-Message-Id", accepted[0]),))
 
 
-def postmark_item(prepared: Mail, mail: dict) -> dict:
-    if prepared.error:
-        return postmark_error(prepared.error, None)[1]
-    words = "; ".join(dict.fromkeys(map(reply_text, prepared.refused.values())))
-    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
+def postmark_item(mail: Mail, raw: dict) -> dict:
+    if mail.error:
+        return error_document(POSTMARK, mail.error)[1]
+    words = "; ".join(dict.fromkeys(map(reply_text, mail.refused.values())))
+    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(mail.refused)}"
     message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
     now = time.strftime("%Y-%m-%dT%H:%M:%S.0000000Z", time.gmtime())
-    place = {"To": mail.get("To") or "", "SubmittedAt": now, "MessageID": prepared.queueid}
-    return {**place, "ErrorCode": 0, "Message": message}
+    item = {"To": raw.get("To") or "", "SubmittedAt": now, "MessageID": mail.queueid}
+    return {**item, "ErrorCode": 0, "Message": message}
 
 
 def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
-    errors = [{"index": i, "message": reply_text(mail.error)} for i, mail in enumerate(prepared) if mail.error]
+    failed = [(i, error_document(RESEND, mail.error)[1]) for i, mail in enumerate(prepared) if mail.error]
+    errors = [{"index": i, "message": document["message"]} for i, document in failed]
     document = {"data": [{"id": mail.queueid} for mail in prepared if not mail.error]}
     return {**document, "errors": errors} if errors else document
 
 
 def provider_error(reply: Reply, request: Request) -> Response:
     """Return the response to a request that is refused, in the form of its provider."""
-    status, document = PROVIDER_ENDPOINTS[request.path].error(reply, request)
+    provider, has_login = PROVIDER_ENDPOINTS[request.path], "authorization" in request.headers
+    status, document = error_document(provider, reply, "no-login" if reply.slug == "login" and not has_login else "")
     headers = answer_headers(request, reply.status or http_status((reply,)), None, {None: reply})
     return json_response(document, status, headers)
 
 
-def sendgrid_error(reply: Reply, request: Request) -> tuple:
-    status, words = error_row(reply, SENDGRID_ERRORS)
+def error_document(provider: Provider, reply: Reply, slug: str = "") -> tuple:
+    """Return (HTTP status, document); the provider's keys replace those of a submission at the start of lines."""
+
+    def name(found: re.Match) -> str:
+        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
+        return provider.names.get(key.lower()) or (f"{provider.names['headers']}.{key}" if found[1] else key)
+
+    if reply.slug:  # the words are not the next hop's
+        lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
+        reply = reply._replace(message=(reply.message[0], *lines))
+    status, errors = reply.status or http_status((reply,)), provider.errors
+    status, error = errors.get(slug or reply.slug) or errors.get(status) or (status, errors[None])
+    return status, provider.error(reply, error, status)
+
+
+def sendgrid_error(reply: Reply, words: str | None, status: int) -> dict:
     errors = []
     for line in reply.message[1:] if reply.slug == "invalid" else (words or reply_text(reply),):
         found = re.match(r"Invalid '([^']+)'|([a-z_][\w./\[\]-]*): ", line)
         field = re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2]) if found else None
         errors.append({"message": line, "field": field, "help": None})
-    return status, {"errors": errors}
-
-
-def postmark_error(reply: Reply, request: Request | None) -> tuple:
-    status, code = error_row(reply, POSTMARK_ERRORS)
-    return status, {"ErrorCode": code, "Message": reply_text(reply)}
-
-
-def resend_error(reply: Reply, request: Request) -> tuple:
-    status, name = error_row(reply, RESEND_ERRORS)
-    if reply.status == 401 and "authorization" not in request.headers:
-        status, name = 401, "missing_api_key"
-    return status, {"statusCode": status, "name": name, "message": reply_text(reply)}
-
-
-def error_row(reply: Reply, table: dict) -> tuple:
-    """Return (HTTP status, the provider's name of the error)."""
-    status = reply.status or http_status((reply,))
-    return table.get(reply.slug) or table.get(status) or (status, table[None])
+    return {"errors": errors}
 
 
 def reply_text(reply: Reply) -> str:
@@ -6819,9 +6662,8 @@ def reply_text(reply: Reply) -> str:
     return "; ".join(lines) if lines and reply.slug == "invalid" else ": ".join((first, *lines))
 
 
-# {name in REPLIES, or HTTP status of a refusal of POST /submit: (HTTP status, the provider's name of the error)}
 SENDGRID_GRANT = "The provided authorization grant is invalid, expired, or revoked"
-SENDGRID_ERRORS = {"login": (401, SENDGRID_GRANT), 502: (400, None), None: None}
+SENDGRID_ERRORS = {401: (401, SENDGRID_GRANT), 502: (400, None), None: None}
 POSTMARK_ERRORS = {
     "json": (422, 402), "batch": (422, 410), "rcpt-many": (422, 300), 400: (422, 300), 401: (401, 10), 403: (422, 405),
     409: (422, 300), 422: (422, 300), 429: (429, 429), 500: (500, 500), 502: (422, 300), 503: (503, 100), None: 300,
@@ -6830,8 +6672,8 @@ RESEND_ERRORS = {
     **dict.fromkeys(("mail-empty", "rcpt-none", "subject-empty", "body-empty"), (422, "missing_required_field")),
     **dict.fromkeys(("rcpt-many", 400, 502), (422, "validation_error")), "json": (400, "validation_error"),
     "mail-form": (422, "invalid_from_address"), "key-form": (400, "invalid_idempotency_key"),
-    401: (403, "invalid_api_key"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
-    409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
+    "no-login": (401, "missing_api_key"), 401: (403, "invalid_api_key"), 403: (401, "restricted_api_key"),
+    404: (404, "not_found"), 409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
     422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), None: "application_error",
 }  # fmt: skip
 
@@ -6849,12 +6691,17 @@ POSTMARK_KEYS = {
     "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
-SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_sandbox)
+SENDGRID = Provider(
+    SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, SENDGRID_ERRORS, sendgrid_error, read_personalizations, is_sandbox
+)
 POSTMARK = Provider(
     POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda mails, raw, _: postmark_item(mails[0], raw[0]),
-    postmark_error,
+    POSTMARK_ERRORS, lambda reply, code, _: {"ErrorCode": code, "Message": reply_text(reply)},
 )  # fmt: skip
-RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, resend_error)
+RESEND = Provider(
+    RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, RESEND_ERRORS,
+    lambda reply, name, status: {"statusCode": status, "name": name, "message": reply_text(reply)},
+)  # fmt: skip
 PROVIDER_ENDPOINTS = {
     "/v3/mail/send": SENDGRID,
     "/email": POSTMARK,
@@ -6884,8 +6731,9 @@ NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
-FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
-FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
+FORWARDING_HEADERS = {
+    *["via", "forwarded", "x-real-ip", "x-client-ip", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"]
+}
 SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
@@ -6893,10 +6741,13 @@ SAMPLES = json.loads("""[
 {"mail": "shop@example.org", "header": {
   "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
   "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
-    {"filename": "logo.png", "cid": "logo", "content":
-      "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
+    {"filename": "logo.gif", "cid": "logo", "content": "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"},
     {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
 ]""")
+CORS_HEADERS = {
+    "Access-Control-Allow-Methods": "POST, GET, OPTIONS", "Access-Control-Max-Age": "600", "Vary": "Origin",
+    "Access-Control-Allow-Headers": "Content-Type, Authorization, Idempotency-Key, Prefer",
+}  # fmt: skip
 QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 HANG_TIMEOUT = 10.0  # seconds without a heartbeat
 BACKLOG = 1024
@@ -6905,6 +6756,7 @@ MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
+MAX_VICTIMS = 64  # connections, waiting for longest, that are compared to find the one to be closed for a new one
 MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
@@ -6914,8 +6766,7 @@ http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=
 def parse_head(octets: bytes) -> Request:
     """Parse the head of a request, without its last line end; raise Rejected for what RFC 9112 forbids."""
     first, *lines = octets.decode("latin-1").split("\r\n")
-    found = REQUEST_LINE.fullmatch(first)
-    if not found:
+    if not (found := REQUEST_LINE.fullmatch(first)):
         raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
     if major != "1":
@@ -6926,8 +6777,7 @@ def parse_head(octets: bytes) -> Request:
         raise Rejected(make_reply("head-too-large"))
     headers: dict = {}
     for line in lines:
-        found = HEADER_LINE.fullmatch(line)
-        if not found:
+        if not (found := HEADER_LINE.fullmatch(line)):
             raise Rejected(make_reply("bad-request", "header line"))
         name, value = found[1].lower(), found[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -6948,8 +6798,7 @@ def body_length(request: Request) -> int:
         return CHUNKED
     if length is None and request.method == "POST":
         raise Rejected(make_reply("length-required"))
-    found = LENGTH.fullmatch("0" if length is None else length)
-    if not found:
+    if not (found := LENGTH.fullmatch("0" if length is None else length)):
         raise Rejected(make_reply("bad-request", "Content-Length"))
     return int(found[1])
 
@@ -7038,7 +6887,7 @@ def message_document(message: dict) -> dict:
         to, attempts = row["as_written"], parse_history(row["history"])
         item = reply_to_dict(to, current_reply(message["queueid"], row))
         item.update(state=row["state"], next=time_to_dict(row["due"]))
-        item["attempts"] = [{"time": time_to_dict(one.time), **reply_to_dict(to, one.reply)} for one in attempts]
+        item["attempts"] = [{"time": time_to_dict(at), **reply_to_dict(to, reply)} for at, reply in attempts]
         response.append(item)
     recipients, timestamp = [item["rcpt"] for item in response], time_to_dict(message["created_at"])
     head = {"queueid": message["queueid"], "addresser": message["sender"], "recipient": recipients}
@@ -7046,12 +6895,19 @@ def message_document(message: dict) -> dict:
 
 
 async def get_metrics(request: Request, app: App) -> Response:
-    """Answer with the metrics of all processes."""
+    """Answer with the metrics of all processes; process_... are the supervisor's, as far as /proc has them."""
+    names = ("cpu_seconds_total", "virtual_memory_bytes", "resident_memory_bytes", "open_fds")
+    values, folder = (None,) * 4, f"/proc/{os.getppid()}"
+    with contextlib.suppress(OSError), open(f"{folder}/stat", "rb") as stream:
+        words = stream.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
+        seconds, memory = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"), int(words[21]) * mmap.PAGESIZE
+        values = seconds, int(words[20]), memory, len(os.listdir(f"{folder}/fd"))
+    current: dict = {(f"process_{name}",): value for name, value in zip(names, values)}
     stats: dict = dict.fromkeys(("waiting", "sending", "oldest"), None if app.queue else 0)
     if app.queue:
         with contextlib.suppress(Rejected):  # the other metrics are needed then
             stats = await app.queue.do(queue_stats, request.now)
-    current = {("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")}
+    current.update({("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")})
     current[("haineko_queue_oldest_seconds",)] = stats["oldest"] or (stats["waiting"] and 0)
     current[("haineko_queue_disk_free_bytes",)] = app.queue and app.queue.free_space()
     return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
@@ -7060,17 +6916,18 @@ async def get_metrics(request: Request, app: App) -> Response:
 def get_openapi(request: Request, app: App) -> Response:
     """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and of an answer."""
     sample = respond(request, Mail("Q" * 16, None, {"a@example.jp": queued_reply("Q" * 16)}))
-    answer, paths = {"content": {"application/json": {"schema": schema_of(json.loads(sample.body))}}}, {}
+    paths: dict = {}
     for (method, path), endpoint in ENDPOINTS.items():
-        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {
-            "summary": (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0],
-            "responses": {"default": {"description": "answer or refusal", **(answer if path == "/submit" else {})}},
-        }
+        summary = (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0]
+        operation = {"summary": summary, "responses": {"default": {"description": "answer or refusal"}}}
+        paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = operation
         if "ID" in path:
             operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
         elif method == "POST":
             schema = {"$ref": SCHEMAS + "Submission"} if path == "/submit" else {"description": "the provider's"}
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    answer = paths["/submit"]["post"]["responses"]["default"]
+    answer["content"] = {"application/json": {"schema": schema_of(json.loads(sample.body))}}
     schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
     logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
     logins["token"] = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
@@ -7082,18 +6939,19 @@ def get_openapi(request: Request, app: App) -> Response:
 
 
 SCHEMAS = "#/components/schemas/"
-SCHEMA_TYPES = {str: ["string", "array", "null"], bool: ["boolean", "integer", "null"],
-                tuple: ["string", "array", "object", "null"]}  # fmt: skip
+SCHEMA_TYPES = {  # of a field's default: the JSON types that its parser takes
+    str: {"type": ["string", "array", "null"]}, bool: {"type": ["boolean", "integer", "null"]},
+    tuple: {"type": ["string", "array", "object", "null"]},
+}  # fmt: skip
 REFERENCES = {"header": {"$ref": SCHEMAS + "Header"}, "attachments": {"items": {"$ref": SCHEMAS + "Attachment"}}}
 
 
 def class_schema(cls: type) -> dict:
     """Return the schema of a dataclass made of config_field()."""
-    properties, items = {}, {item.name: item for item in fields(cls)}
+    items, properties = {item.name: item for item in fields(cls)}, {}
     for key, (name, _) in key_table(cls).items():
-        types = SCHEMA_TYPES.get(type(items[name].default))
-        kind = {"type": types} if types else {}
-        properties[key] = {**kind, **REFERENCES.get(name, {}), "description": items[name].metadata["doc"]}
+        kind = {**SCHEMA_TYPES.get(type(items[name].default), {}), **REFERENCES.get(name, {})}
+        properties[key] = {**kind, "description": items[name].metadata["doc"]}
     return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
 
 
@@ -7125,6 +6983,7 @@ STATUSES = tuple(sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.va
 PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
 OUTCOMES = ("accepted", "queued", "refused", "deferred", "failed", "unsure")
 REASONS = tuple(slug for slug in REPLIES if make_reply(slug).slug)
+PROCESS_GAUGES = ("start_time_seconds", "virtual_memory_bytes", "resident_memory_bytes", "open_fds", "max_fds")
 METRICS = {  # name: (type, help, {label: all its values})
     "haineko_http_requests_total": ("counter", "Requests answered.", {"endpoint": PATHS, "status": STATUSES}),
     "haineko_http_request_seconds": ("histogram", "Time from the start of a request to its response.", {}),
@@ -7142,6 +7001,8 @@ METRICS = {  # name: (type, help, {label: all its values})
     "haineko_token_errors_total": ("counter", "Failures to get an OAuth2 token.", {}),
     "haineko_workers_restarted_total": ("counter", "Processes that ended and were replaced.", {}),
     "haineko_reload_success": ("gauge", "1 if the settings had no fault when they were last read.", {}),
+    "process_cpu_seconds_total": ("counter", "The supervisor's CPU time.", {}),
+    **{f"process_{name}": ("gauge", f"The supervisor's {name}.", {}) for name in PROCESS_GAUGES},
     "haineko_build_info": ("gauge", "Versions.", {"version": (__version__,), "python": (sys.version.split()[0],)}),
 }
 
@@ -7162,13 +7023,7 @@ def cors_headers(request: Request, settings: Settings) -> tuple:
     """Return headers for a page of an allowed Origin; raise Rejected for what others may not do (Fetch standard)."""
     headers, origin = request.headers, request.headers.get("origin")
     if origin and origin.lower() in settings.httpd.allowed_origins:
-        return (
-            ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Allow-Methods", "POST, GET, OPTIONS"),
-            ("Access-Control-Allow-Headers", "Content-Type, Authorization, Idempotency-Key, Prefer"),
-            ("Access-Control-Max-Age", "600"),
-            ("Vary", "Origin"),
-        )
+        return (("Access-Control-Allow-Origin", origin), *CORS_HEADERS.items())
     if request.method in ("POST", "DELETE") or "access-control-request-method" in headers:
         host = origin.partition("://")[2].lower() if origin else ""
         is_ours = host == headers.get("host", "").lower() and is_own_host(host, settings)
@@ -7180,63 +7035,51 @@ def cors_headers(request: Request, settings: Settings) -> tuple:
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client. The base class writes responses, into a buffer that is sent by one call. Requests are
-    read with a deadline, without a thread, and parsed by parse_head(), which is stricter and faster."""
+    """One connection of a client. The base class writes responses; parse_head() is stricter and faster than it."""
 
     protocol_version = request_version = "HTTP/1.1"
     command, request, extra_headers, close_connection = "", None, (), True
+    deadline = property(lambda self: self.begun + self.settings.httpd.timeout)  # of what the client is to do now
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
         self.settings, self.buffer, self.in_flight = worker.app.settings, b"", 0  # octets of a body that comes in parts
-        self.deadline = time.monotonic() + self.settings.httpd.timeout  # of what the client is to do now
+        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets that it has brought
         address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # Unix socket: this machine
         self.peer = parse_ip(address)
 
     async def handle(self) -> None:
         """Serve requests, one after the other, until one side closes."""
+        self.worker.busy_counts[self.worker.slot] -= 1
         try:
             if self.app.tls:
                 sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
                 self.connection.sock = sock
-                await self._while_idle(self.connection.call(sock.do_handshake, self.deadline))
-            while await self._wait_request():
+                await self.connection.call(sock.do_handshake, self.deadline)
+            while True:
+                while not self.buffer.lstrip(b"\r\n"):  # line ends before a request are ignored (RFC 9112 2.2)
+                    self.buffer = await self._receive()
+                self.buffer = self.buffer.lstrip(b"\r\n")
                 await self.connection.sendall(await self.handle_one_request(), self.deadline)
                 if self.close_connection:
                     await self.connection.drain(self.deadline)
-                    await self._while_idle(lingering_close(self.connection))
+                    await lingering_close(self.connection)
                     break
-        except (OSError, ValueError):  # the client is gone
+        except (OSError, ValueError, Rejected):  # the client is gone, or silent
             pass
         finally:
-            close_notify(self.connection.sock)
+            with contextlib.suppress(OSError, ValueError):
+                close_notify(self.connection.sock)
             self.connection.close()
-            self.worker.forget(self)
-
-    async def _wait_request(self) -> bool:
-        """Return True when a request begins, False if the client closed; socket.timeout if it took too long."""
-        self.buffer = self.buffer.lstrip(b"\r\n")  # line ends before it are ignored (RFC 9112 2.2)
-        while not self.buffer:
-            octets = await self._while_idle(self.connection.recv(16384, self.deadline))
-            if not octets:
-                return False
-            self.buffer = octets.lstrip(b"\r\n")
-        return True
-
-    async def _while_idle(self, waiting: Any) -> Any:
-        """Await something while the connection may be closed in favour of another."""
-        self.worker.mark(self, idle=True)
-        try:
-            return await waiting
-        finally:
-            self.worker.mark(self, idle=False)
+            self.worker.connections.pop(self)
+            self.worker.per_address[self.peer] -= 1
 
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection` and `deadline`."""
         self.settings = self.app.settings  # one set from beginning to end
-        began = time.monotonic()
-        self.deadline = began + self.settings.httpd.timeout
+        self.begun, self.received = time.monotonic(), len(self.buffer)
         self.request, self.command, self.unread, self.extra_headers = None, "", CHUNKED, ()
+        self.worker.busy_counts[self.worker.slot] += 1
         try:
             response = await self._respond()
         except Rejected as error:
@@ -7247,6 +7090,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             log_exception(None)
             response = self.rejection(make_reply("our-fault"))
         finally:
+            self.worker.busy_counts[self.worker.slot] -= 1
             self.app.octets_in_flight -= self.in_flight
             self.in_flight = 0
         if 0 < self.unread <= len(self.buffer):  # a refused body that has arrived already
@@ -7255,9 +7099,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = not (request and request.keep_alive and not self.unread and not self.app.stopping)
         path = route_key(request.path) if request else ""
         metrics.add("haineko_http_requests_total", path if path in PATHS else "other", response.status)
-        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - began)
+        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
         octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
-        self.deadline = time.monotonic() + self.settings.httpd.timeout  # to take it, and for a new request
+        self.begun, self.received = time.monotonic(), 0  # its turn to take it, and for a new request
+        self.worker.connections.move_to_end(self)
         return octets
 
     async def _respond(self) -> Response:
@@ -7278,9 +7123,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = self._endpoint(request)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
-            if password.logins and not password.authenticate(
-                credentials_of(request), cached=True
-            ):  # a hash is computed
+            is_slow = password.logins and not password.authenticate(credentials_of(request), cached=True)
+            if is_slow:  # a hash is computed
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)
@@ -7297,14 +7141,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _endpoint(self, request: Request) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
         method = "GET" if request.method == "HEAD" else request.method
-        endpoint = ENDPOINTS.get((method, route_key(request.path)))
-        if not endpoint:
-            if not allowed_methods(request.path):
-                hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
-                raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
-            if method != "OPTIONS":
-                raise Rejected(make_reply("method", word=method))
-        return endpoint or Endpoint(lambda *_: Response(204, b"", (("Allow", allowed_methods(request.path)),)))
+        if endpoint := ENDPOINTS.get((method, route_key(request.path))):
+            return endpoint
+        allowed = allowed_methods(request.path)
+        if not allowed:
+            hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
+            raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
+        if method != "OPTIONS":
+            raise Rejected(make_reply("method", word=method))
+        return Endpoint(lambda *_: Response(204, b"", (("Allow", allowed),)))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
@@ -7322,12 +7167,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         headers = [("Server", "Haineko"), ("Date", http_date(int(time.time())))]
         if response.status != 204:
             headers += ("Content-Type", response.type), ("Content-Length", str(len(response.body)))
+        if self.close_connection or self.request.is_http10:
+            headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
         for name, value in (*headers, *response.headers, *self.extra_headers):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        elif self.request.is_http10:
-            self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
@@ -7348,15 +7191,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             searched = max(len(self.buffer) - 3, 0)
             self.buffer += await self._receive()
 
-    async def _receive(self, limit: int = 65536) -> bytes:
-        """Return octets from the client; raise Rejected at the deadline."""
+    async def _receive(self, limit: int = 16384) -> bytes:
+        """Return octets from the client; raise Rejected at the deadline, ConnectionError at the end."""
         try:
-            await asyncio.sleep(0)  # a client that sends faster than we read must not delay the others
-            octets = await self._while_idle(self.connection.recv(limit, self.deadline))
+            octets = await self.connection.recv(limit, self.deadline)
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
-            raise ConnectionError("closed within a request")
+            raise ConnectionError("closed")
+        self.received += len(octets)
         if self.request:  # these are of its body
             size = self.settings.smtpd.max_message_size
             self.in_flight += len(octets)
@@ -7397,8 +7240,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         body, total, size = bytearray(), 0, 1
         while size:
             line = await self._read_until(b"\r\n", 4096, "bad-request", "chunk line")
-            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
-            if not found:
+            if not (found := re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)):
                 raise Rejected(make_reply("bad-request", "chunk size"))
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
@@ -7417,7 +7259,7 @@ async def lingering_close(sock: AsyncSocket) -> None:
     """End the stream and read what still arrives: else a reset could destroy the last response (RFC 9112 9.6)."""
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
-        close_notify(sock.sock)
+        await sock.call(functools.partial(close_notify, sock.sock), deadline)
         sock.sock.shutdown(socket.SHUT_WR)
         while await sock.recv(1 << 18, deadline):
             pass
@@ -7426,7 +7268,7 @@ async def lingering_close(sock: AsyncSocket) -> None:
 def close_notify(sock: Any) -> None:
     """Send the closure alert of TLS (RFC 9112 9.8); the client's own is not waited for."""
     if isinstance(sock, ssl.SSLSocket):
-        with contextlib.suppress(OSError, ValueError):  # not answered yet, or the connection is broken or closed
+        with contextlib.suppress(ssl.SSLWantReadError):
             sock.unwrap()
 
 
@@ -7435,14 +7277,12 @@ class Worker:
 
     def __init__(self, supervisor: Supervisor, slot: int = 0) -> None:
         self.app = App(supervisor.settings, supervisor.wakeup_pair[1], supervisor.limits)
-        self.listeners, self.parent_pipe = supervisor.listeners, supervisor.parent_pipe
+        self.listeners, self.parent = supervisor.listeners, supervisor.pid
         self.busy_counts, self.slot = supervisor.busy_counts, slot
-        self.loop = EventLoop()
-        self.queue_manager = (
-            QueueManager(self.app, supervisor.wakeup_pair[0]) if slot == len(self.busy_counts) else None
-        )
-        self.connections: set = set()
-        self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
+        self.loop, is_of_queue = EventLoop(), slot == len(self.busy_counts)
+        self.queue_manager = QueueManager(self.app, supervisor.wakeup_pair[0]) if is_of_queue else None
+        self.connections: OrderedDict = OrderedDict()  # as keys; that whose client's turn began first is the first
+        self.per_address: Counter = Counter()  # of the connections
         self.lingering_503s = 0  # of them, now
 
     async def serve(self) -> None:
@@ -7454,12 +7294,12 @@ class Worker:
             self.loop.add_signal_handler(number, self.stopped.set)
         self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
-        for sock in (*self.listeners, self.parent_pipe):
+        for sock in self.listeners:
             sock.setblocking(False)
-        listeners, parent = list(map(AsyncSocket, self.listeners)), AsyncSocket(self.parent_pipe)
+        listeners = list(map(AsyncSocket, self.listeners))
         work = [self.queue_manager.run()] if self.queue_manager else map(self._accept, listeners)
-        for waiting in (*work, self._housekeeping(), parent.recv(1, float("inf"))):
-            self.loop.create_task(self._stop_after(waiting))
+        for coroutine in (*work, self._housekeeping()):  # it can't do without any: if one fails, another worker begins
+            self.loop.create_task(coroutine).add_done_callback(lambda _: self.stopped.set())
         await self.stopped.wait()
         self.app.stopping = True
         began = now = time.monotonic()
@@ -7469,25 +7309,17 @@ class Worker:
         deliveries = self.queue_manager.in_flight if self.queue_manager else {}
         while now < began + SHUTDOWN_TIMEOUT and (self.connections or any(deliveries.values())):
             patient = now <= began + LINGER_TIMEOUT
-            for one in list(self.idle):
-                if not (one.request or (patient and (one.buffer or one.connection.outbox))):
-                    self._interrupt(one)  # no request has begun, and no response is on its way
+            for one in self.connections:
+                if not (one.request or one.connection.outbox or (patient and one.buffer)):
+                    one.connection.abort(ConnectionAbortedError("stopping"))  # no request has begun, and all is sent
             await asyncio.sleep(0.02)
             now = time.monotonic()
         await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
 
-    async def _stop_after(self, waiting: Any) -> None:
-        """Stop when something ends that the worker can't do without: another takes over, or the supervisor is dead."""
-        try:
-            await waiting
-        except Exception:
-            log_exception("worker")
-        self.stopped.set()
-
     async def _accept(self, listener: AsyncSocket) -> None:
         while listener.sock.fileno() >= 0:
             least, limit = min(self.busy_counts), self.app.settings.httpd.max_connections
-            if len(self.connections) - len(self.idle) > least + least // 4:  # of many, some more make no difference
+            if self.busy_counts[self.slot] > least + least // 4:  # of many, some more make no difference
                 await asyncio.sleep(0.001)  # a worker that is less busy takes the connection
             try:
                 sock, peer = listener.sock.accept()
@@ -7497,79 +7329,66 @@ class Worker:
                 continue
             except OSError as error:  # the client is gone, or no file is left
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await asyncio.sleep(0 if self._close_idlest() else 0.05)
+                    await asyncio.sleep(0 if self._close_one() else 0.05)
                 continue
             sock.setblocking(False)
             with contextlib.suppress(OSError):  # a Unix socket, or macOS and the client is gone already
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(sock, peer, self)
-            if len(self.connections) >= limit and not await self._make_room(limit):
+            for attempt in range(5):
+                if len(self.connections) < limit or (attempt > 1 and self._close_one()):
+                    break
+                await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
+            else:
                 self.loop.create_task(self._reject_503(connection))
                 continue
-            self.connections.add(connection)
-            self.mark(connection, idle=False)
+            self.connections[connection] = None
+            self.per_address[connection.peer] += 1
+            self.busy_counts[self.slot] += 1  # until its task begins
             self.loop.create_task(connection.handle())
-
-    async def _make_room(self, limit: int) -> bool:
-        """Return True if there is room for another connection, or one was closed in its favour."""
-        for attempt in range(4):
-            await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
-            if len(self.connections) < limit or (attempt and self._close_idlest()):
-                return True
-        return False
-
-    def mark(self, connection: Connection, idle: bool) -> None:
-        """Note whether a connection waits for its client."""
-        if idle:
-            self.idle[connection] = None
-        else:
-            self.idle.pop(connection, None)
-        self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
-
-    def forget(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        self.mark(connection, idle=False)
 
     async def _reject_503(self, connection: Connection) -> None:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
         octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         metrics.add("haineko_http_requests_total", "other", 503)
-        deadline = time.monotonic() + LINGER_TIMEOUT
         self.lingering_503s += 1
         with contextlib.suppress(OSError):
             if not self.app.tls:
-                await sock.sendall(octets, deadline)
-                await sock.drain(deadline)
+                await sock.sendall(octets, connection.deadline)
+                await sock.drain(connection.deadline)
                 if self.lingering_503s <= MAX_LINGERING_503:
                     await lingering_close(sock)
         self.lingering_503s -= 1
         sock.close()
 
-    def _close_idlest(self) -> bool:
-        """Close the connection that waits longest for its client; return False if none does."""
-        return any(map(self._interrupt, list(self.idle)))
+    def _close_one(self) -> bool:
+        """Close the connection that has brought least for its time, of those that wait for their clients; False if none
+        does. Those of an address with more than a quarter of max_connections go first, except for a proxy's."""
+        httpd, now = self.app.settings.httpd, time.monotonic()
 
-    def _interrupt(self, connection: Connection) -> bool:
-        """Abort an idle connection; return False if something has just arrived on it."""
-        found = connection.connection.abort(ConnectionAbortedError("closed for another"))
-        if found:
-            self.forget(connection)
-        return found
+        def precedence(one: Connection) -> tuple:
+            is_crowded = self.per_address[one.peer] > httpd.max_connections // 4
+            is_proxy = one.port is None or one.peer in httpd.trusted_proxies
+            return is_proxy or not is_crowded, (one.received + 500) / max(now - one.begun, 1)  # octets a second
+
+        waiting = (one for one in self.connections if one.connection.future and not one.connection.future.done())
+        victims = sorted(itertools.islice(waiting, MAX_VICTIMS), key=precedence)
+        return any(one.connection.abort(ConnectionAbortedError("closed for another")) for one in victims)
 
     async def _housekeeping(self) -> None:
-        """Once a second, show that this loop is not stuck, close idle SMTP sessions, and update the log and metrics."""
-        while True:
+        """Once a second, while the supervisor lives, show that this loop is not stuck, and do what is due."""
+        while os.getppid() == self.parent:
             metrics.cells[0] = time.monotonic_ns()
             log.reopen()
-            lost, log.lost_ever = log.lost_ever, 0
-            metrics.add("haineko_log_lines_lost_total", by=lost)
             await self.app.transport.sweep()
             pools = self.app.transport.pools.values()
             metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
             metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
             metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
-            metrics.set("haineko_connections", "idle", to=len(self.idle))
-            metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
+            self.per_address = +self.per_address  # without those that have none left
+            busy = sum([bool(one.request) for one in self.connections])
+            metrics.set("haineko_connections", "idle", to=len(self.connections) - busy)
+            metrics.set("haineko_connections", "busy", to=busy)
             await asyncio.sleep(1.0)
 
     async def _reread(self) -> None:
@@ -7584,7 +7403,7 @@ class Supervisor:
     """Process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
-        self.settings, self.listeners = settings, listeners
+        self.settings, self.listeners, self.pid = settings, listeners, os.getpid()
         workers = settings.httpd.workers or os.cpu_count() or 1
         self.busy_counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("i")  # busy connections of each; for all to see
         self.slots = range(workers + bool(settings.queue))  # indices in busy_counts; the last is the queue's process
@@ -7606,21 +7425,18 @@ class Supervisor:
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in (*SIGNALS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)  # its number is written to `wake`
-        self.parent_pipe, self.child_pipe_end = socket.socketpair()
         metrics.allocate(METRICS, len(self.busy_counts) + 2)  # the last rows: the queue's process, the supervisor
         metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
         metrics.set("haineko_reload_success", to=1)
+        metrics.set("process_start_time_seconds", to=int(time.time()))
+        metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         alarm.settimeout(min(self.watchdog or 1.0, 1.0))
         self._replace()
         ready()
         where = " ".join(url_of(listener, bool(self.settings.httpd.tls)) for listener in self.listeners)
         self._notify("READY=1", f"STATUS=listens at {where}")
         while not self.stopping:
-            numbers = b""
-            with contextlib.suppress(socket.timeout):
-                numbers = alarm.recv(4096)
-            self.stopping = signal.SIGTERM in numbers or signal.SIGINT in numbers
-            self._reap()
+            numbers = self._wait(alarm)
             log.reopen()
             if not self.stopping:
                 self._check_heartbeats(time.monotonic())
@@ -7670,7 +7486,6 @@ class Supervisor:
     def _become_worker(self, slot: int) -> None:
         code = 1
         try:
-            self.child_pipe_end.close()
             if slot < len(self.busy_counts):
                 self.busy_counts[slot] = 0  # its predecessor has left a number there
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -7686,11 +7501,14 @@ class Supervisor:
             log.flush()
             os._exit(code)  # without waiting for threads, and without the supervisor's cleanup
 
-    def _reap(self) -> None:
-        while self.workers:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
+    def _wait(self, alarm: socket.socket) -> bytes:
+        """Wait for signals, a second at most, and note which workers have ended; return the signals' numbers."""
+        numbers = b""
+        with contextlib.suppress(socket.timeout):
+            numbers = alarm.recv(4096)
+        self.stopping = self.stopping or signal.SIGTERM in numbers or signal.SIGINT in numbers
+        while self.workers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = ended
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
                 name = "worker" if slot < len(self.busy_counts) else "queue process"
@@ -7699,6 +7517,7 @@ class Supervisor:
                 metrics.add("haineko_workers_restarted_total")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
+        return numbers
 
     def _watch(self, is_requested: bool) -> None:
         """Apply settings that changed, or log their faults once; a reload may be requested by SIGHUP."""
@@ -7736,13 +7555,14 @@ class Supervisor:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         self._notify("STOPPING=1", "STATUS=answering what is in flight")
         for listener in self.listeners:
-            listener.close()  # a Unix socket's file stays: bind() replaces it, and systemd's is systemd's
+            if listener.family == socket.AF_UNIX and not isinstance(listener, ActivatedSocket):
+                with contextlib.suppress(OSError):
+                    os.unlink(listener.getsockname())
+            listener.close()
         self._signal(self.workers, signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
-            with contextlib.suppress(socket.timeout):
-                alarm.recv(4096)
-            self._reap()
+            self._wait(alarm)
         self._signal(self.workers, signal.SIGKILL)
         log.lines("stopped")
         return 0
@@ -7757,14 +7577,8 @@ def bind(listen: str) -> socket.socket:
         return socket.create_server(address, family=family, backlog=BACKLOG)
     path = listen[5:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        found = client.connect_ex(path)
-    if found == errno.ECONNREFUSED and not stat.S_ISSOCK(os.stat(path).st_mode):  # a file refuses as well
-        raise OSError(errno.EEXIST, "exists and is not a socket")
-    if found == errno.ECONNREFUSED:
-        os.unlink(path)
-    elif found != errno.ENOENT:
-        found = found or errno.EADDRINUSE
-        raise OSError(found, os.strerror(found))
+        if client.connect_ex(path) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
@@ -7772,12 +7586,16 @@ def bind(listen: str) -> socket.socket:
     return listener
 
 
+class ActivatedSocket(socket.socket):
+    """Listening socket that systemd has opened, and removes."""
+
+
 def activated_sockets() -> list:
     """Return the sockets that systemd passes to this process, from descriptor 3 on (sd_listen_fds(3))."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    listeners = [socket.socket(fileno=number) for number in range(3, 3 + int(count))]
+    listeners = [ActivatedSocket(fileno=number) for number in range(3, 3 + int(count))]
     for listener in listeners:
         listener.set_inheritable(False)
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -7891,7 +7709,7 @@ def prepare_server(options: Any) -> tuple:
         database = QueueDB(settings.queue)
         database.commit([])
         database.close(for_good=True)
-        if NEWER_VERSION in database.fault:
+        if OTHER_VERSION in database.fault:
             raise CommandError(f"the queue can't be used: {database.fault}", 2)
     address = "a socket of $LISTEN_FDS"
     try:
@@ -8357,7 +8175,7 @@ def queue_list(store: QueueDB, as_json: bool = False) -> int:
     while rows := run_operation(store, open_recipients_after, last, 500):  # in parts: the server works on meanwhile
         for row in rows:
             due, created_at, attempts = row["due"], row["created_at"], parse_history(row["history"])
-            reply = attempts[-1].reply if attempts else None
+            _, reply = attempts[-1] if attempts else (0, None)
             if as_json:
                 values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
                 values.update(arrived=time_to_dict(created_at), next=time_to_dict(due), attempts=len(attempts))
