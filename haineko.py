@@ -80,6 +80,7 @@ import unicodedata
 import urllib.parse
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
@@ -946,7 +947,7 @@ class DkimKey:  # what signs the mail of a domain (RFC 6376); resolve_settings()
 
 
 @dataclass(frozen=True, repr=False)
-class Route:  # where mail goes; resolve_settings() sets credentials, token, port; the relay MX address, tls_if_offered
+class Route:  # where mail goes; resolve_settings() sets credentials and token, the relay MX address and tls_if_offered
     mailer: str = config_field("ESMTP", one_of(RELAYS, "relay type", or_folder=True), "the relay, or a folder for File")
     host: str = config_field("127.0.0.1", parse_host, "name or address of the next server; the folder, for File")
     port: int = config_field(0, integer(1, 65535), "25, Haineko 2794; 465 means TLS from the first byte")
@@ -972,6 +973,9 @@ class Route:  # where mail goes; resolve_settings() sets credentials, token, por
     fallbacks: tuple = ()  # the Routes behind it in a list
     token: str = field(default="", repr=False)
     oauth2: OAuth2 | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "port", self.port or self.row.default_port)
 
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
@@ -1160,7 +1164,6 @@ def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSe
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
     """Return the route with its login, and the host and port of its API."""
     row, login, has_login = route.row, logins.get(route.auth, Credentials()), route.auth in logins
-    route = replace(route, port=route.port or row.default_port)
     if route.auth and not has_login:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
     elif route.auth and row.api_url and not all(getattr(login, key) for key in row.login):
@@ -1282,9 +1285,7 @@ MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a p
 LOG_FORMS = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f"<{'>,<'.join(to)}>"}  # in text
 
 
-class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
-
+class Log:  # writes log lines; after start_buffering() they wait for flush(), which writes those of many mails at once
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
@@ -1305,9 +1306,8 @@ class Log:
     def open(self, settings: Syslog, form: str = "text") -> None:
         self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
         self.is_json = form == "json"
-        with contextlib.suppress(OSError):
-            found = os.fstat(2)
-            self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+        found = os.fstat(2)
+        self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
         """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
@@ -1438,9 +1438,7 @@ def log_value(value: Any, limit: int = 500) -> str:
     return value if value and " " not in value and '"' not in value else ENCODER.encode(value)
 
 
-class Metrics:
-    """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads."""
-
+class Metrics:  # 64-bit columns that all processes share: each adds to its own row, which workers inherit; not for threads
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
     columns: dict = {}  # noqa: RUF012 -- nothing is counted before allocate()
 
@@ -2877,7 +2875,7 @@ class EventLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         self.tasks: set = set()  # asyncio itself holds weak references only
         self.sends: list = []  # AsyncSockets with something to send
-        self.set_default_executor(concurrent.futures.ThreadPoolExecutor(256))  # a dead host's new sessions hold 32
+        self.set_default_executor(ThreadPoolExecutor(256))  # a dead host holds 32, while sessions to it are opened
 
     def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task:
         task = super().create_task(coroutine, **options)
@@ -5488,7 +5486,7 @@ class QueueDB:
         self.timeout = 5.0  # seconds to wait for another program's lock
         self.waiting: list = []  # of (operation, values, future)
         self.committing: asyncio.Task | None = None
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
         self.file_ids: list = []  # of the files as they were opened
         self.slot = 1 + int.from_bytes(os.urandom(4), "big")  # owner of this process's leases; no other has the number
