@@ -1438,7 +1438,7 @@ def log_value(value: Any, limit: int = 500) -> str:
     return value if value and " " not in value and '"' not in value else ENCODER.encode(value)
 
 
-class Metrics:  # 64-bit columns that all processes share: each adds to its own row, which workers inherit; not for threads
+class Metrics:  # 64-bit columns that all processes share: each adds to its row, which workers inherit; not for threads
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
     columns: dict = {}  # noqa: RUF012 -- nothing is counted before allocate()
 
