@@ -102,7 +102,9 @@ BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
 
-class Reply(NamedTuple):  # about one recipient: an SMTP reply, or one of Haineko's own
+class Reply(NamedTuple):
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own."""
+
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
     command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, QUEUE, DRYRUN or HTTP
@@ -132,11 +134,15 @@ class Reply(NamedTuple):  # about one recipient: an SMTP reply, or one of Hainek
         return "sent" if self.accepted else "deferred" if self.temporary else "bounced"
 
 
-class Rejected(Exception):  # noqa: N818 -- postmasters' word; carries a Reply, its one argument, up the call stack
+class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
+    """Exception that carries a Reply, its one argument, up the call stack."""
+
     reply = property(lambda self: self.args[0])
 
 
-class Message(NamedTuple):  # finished (RFC 5322, CRLF); the recipient and the copy's number go between its parts
+class Message(NamedTuple):
+    """Finished message (RFC 5322, CRLF); the recipient and the copy's number go between its parts."""
+
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
     needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
     needs_smtputf8: bool = False  # has them in its header (RFC 6531)
@@ -148,7 +154,9 @@ class Message(NamedTuple):  # finished (RFC 5322, CRLF); the recipient and the c
         return recipient.encode().join(self.parts)
 
 
-class Transaction(NamedTuple):  # one message for some recipients by one route
+class Transaction(NamedTuple):
+    """One message for some recipients by one route."""
+
     route: Any  # a Route
     hostname: str  # Haineko's name, for EHLO
     queueid: str
@@ -295,7 +303,9 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
-class JSONObject(dict):  # that knows which of its keys were repeated
+class JSONObject(dict):
+    """JSON object that knows which of its keys were repeated."""
+
     duplicate_keys: tuple = ()
 
     def __init__(self, pairs: list) -> None:
@@ -528,7 +538,9 @@ def parse_ip(text: str) -> IPAddress:
     return getattr(found, "ipv4_mapped", None) or found
 
 
-class Networks:  # a set; `address in networks` takes as long for 100,000 of them as for ten
+class Networks:
+    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
+
     def __init__(self, texts: Any = ()) -> None:
         self.texts, self.prefixes = tuple(texts), defaultdict(set)  # {(IP version, bits after the prefix): {prefix}}
         for network in [ipaddress.ip_interface(text).network for text in self.texts]:
@@ -588,7 +600,9 @@ def lookup_keys(domain: str) -> list:
     return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
 
 
-class Rate(str):  # a limit such as "100/3600": so many in so many seconds
+class Rate(str):
+    """Limit such as "100/3600": so many in so many seconds."""
+
     limit = property(lambda self: int(self.partition("/")[0]))
     seconds = property(lambda self: int(self.partition("/")[2]))
 
@@ -625,7 +639,9 @@ PASSWORD_HASH = re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]
 parse_password_hash = matching(PASSWORD_HASH, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
 
 
-class Relay(NamedTuple):  # all that is known of one; to add one is to write its functions and a row of RELAYS
+class Relay(NamedTuple):
+    """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
+
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
     probe: Callable | None  # (Route, hostname, recipients' domain or "", TransportContext): awaited for CheckResults
     default_port: int = 25
@@ -773,7 +789,9 @@ def scrypt_cost(line: str) -> int:
     return (int(found[3]) * int(found[2]) << int(found[1])) >> 17 if found else 0
 
 
-class PrivateKey:  # in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already
+class PrivateKey:
+    """Private key in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
+
     def __init__(self, pem: bytes) -> None:
         ctypes, crypto = libcrypto()
         source = crypto.BIO_new_mem_buf(pem, len(pem))
@@ -896,7 +914,9 @@ class Recipients:
 
 
 @dataclass(frozen=True, repr=False)
-class OAuth2:  # where access tokens come from (RFC 6749); resolve_settings() fills in what the provider has
+class OAuth2:
+    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has."""
+
     provider: str = config_field("", one_of(PROVIDERS, "provider"), "microsoft or google: known token_url and scope")
     tenant: str = config_field("", parse_hostname, "microsoft: the directory's id or domain")
     token_url: str = config_field("", parse_token_url, "where tokens are fetched")
@@ -921,7 +941,9 @@ class Credentials:
 
 
 @dataclass(frozen=True, repr=False)
-class Login:  # who may log in, and what for; a fence that is absent (None) permits everything, an empty one nothing
+class Login:
+    """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
+
     hash: str = config_field("", parse_password_hash, "of the password or the API key", secret="line")
     senders: frozenset | None = config_field(None, parse_fence, "addresses and domains that may be used as sender")
     recipients: frozenset | None = config_field(None, parse_fence, "the same of recipients")
@@ -939,7 +961,9 @@ class Login:  # who may log in, and what for; a fence that is absent (None) perm
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class DkimKey:  # what signs the mail of a domain (RFC 6376); resolve_settings() sets domain and private
+class DkimKey:
+    """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
+
     selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
     key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret="text")
     domain: str = ""
@@ -947,7 +971,9 @@ class DkimKey:  # what signs the mail of a domain (RFC 6376); resolve_settings()
 
 
 @dataclass(frozen=True, repr=False)
-class Route:  # where mail goes; resolve_settings() sets credentials and token, the relay MX address and tls_if_offered
+class Route:
+    """Where mail goes. resolve_settings() sets credentials and token, the relay MX address and tls_if_offered."""
+
     mailer: str = config_field("ESMTP", one_of(RELAYS, "relay type", or_folder=True), "the relay, or a folder for File")
     host: str = config_field("127.0.0.1", parse_host, "name or address of the next server; the folder, for File")
     port: int = config_field(0, integer(1, 65535), "25, Haineko 2794; 465 means TLS from the first byte")
@@ -1285,7 +1311,9 @@ MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a p
 LOG_FORMS = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f"<{'>,<'.join(to)}>"}  # in text
 
 
-class Log:  # writes log lines; after start_buffering() they wait for flush(), which writes those of many mails at once
+class Log:
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
+
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
@@ -1438,7 +1466,9 @@ def log_value(value: Any, limit: int = 500) -> str:
     return value if value and " " not in value and '"' not in value else ENCODER.encode(value)
 
 
-class Metrics:  # 64-bit columns that all processes share: each adds to its row, which workers inherit; not for threads
+class Metrics:
+    """64-bit columns that all processes share: each adds to its own row, which workers inherit. Not for threads."""
+
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
     columns: dict = {}  # noqa: RUF012 -- nothing is counted before allocate()
 
@@ -3604,7 +3634,9 @@ def status_text(response: HTTPResponse) -> str:
     return f"HTTP {response.status} {response.reason}".strip()
 
 
-class MTASTSPolicy(NamedTuple):  # RFC 8461 3.2
+class MTASTSPolicy(NamedTuple):
+    """MTA-STS: the hosts that a domain's mail may be delivered to (RFC 8461 3.2)."""
+
     mode: str  # enforce, testing or none
     hosts: tuple  # names; "*." stands for one label
     max_age: int  # seconds
@@ -3935,7 +3967,9 @@ CLIENT_FIRST = ("PLAIN", *TOKEN_MECHANISMS)  # these have an initial response; w
 THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
 
 
-class SMTPReply(NamedTuple):  # RFC 5321 4.2
+class SMTPReply(NamedTuple):
+    """One reply of a server (RFC 5321 4.2)."""
+
     code: str
     dsn: str | None
     lines: tuple
