@@ -2796,9 +2796,8 @@ _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".ods": "application/vnd.oasis.opendocument.spreadsheet", ".odt": "application/vnd.oasis.opendocument.text",
     ".pptx": _OFFICE + "presentationml.presentation", ".docx": _OFFICE + "wordprocessingml.document",
-    ".xlsx": _OFFICE + "spreadsheetml.sheet", ".7z": "application/x-7z-compressed", ".tgz": "application/gzip",
+    ".xlsx": _OFFICE + "spreadsheetml.sheet", ".webp": "image/webp", ".tgz": "application/gzip",
     ".gz": "application/gzip", ".rtf": "application/rtf", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp",
 }  # fmt: skip
 
 # Marks in the output of HTMLTextExtractor: a new cell of a table, a line end, "on a line of its own", a paragraph. They
@@ -3075,17 +3074,16 @@ def complete_raw_message(submission: Submission, trace: str, queueid: str, hostn
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
     author = submission.mail or f"MAILER-DAEMON@{hostname}"
     missing = {"From": f"<{author}>", "Date": date, "Message-Id": f"<{queueid}.1@{hostname}>"}
-    added = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
-    added.append(fold("X-Haineko-Loop:", [*(f"{name}," for name in submission.header.loop), hostname]))
+    ours = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
+    ours.append(fold("X-Haineko-Loop:", [*(f"{name}," for name in submission.header.loop), hostname]))
     without_mime = not names & {"mime-version", "content-type", "content-transfer-encoding"}
     if without_mime and not (body.isascii() and not UNSENDABLE.search(body)):
         charset = "unknown-8bit"  # RFC 1428
         if is_utf8(body):
             charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
-        added += ["MIME-Version: 1.0", f"Content-Type: text/plain; charset={charset}"]
-        added.append("Content-Transfer-Encoding: 8bit")
+        ours += ["MIME-Version: 1.0", f"Content-Type: text/plain; charset={charset}", "Content-Transfer-Encoding: 8bit"]
     head = [trace.encode() + b"\n", *(octets for name, octets in submission.raw.fields if name not in dropped)]
-    octets = b"".join([*head, "\n".join([*added, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
+    octets = b"".join([*head, "\n".join([*ours, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
         octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
@@ -3195,8 +3193,7 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 
 # ======================================================================================================================
 # 9. Event loop
-#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
-#    log has the lines about it.
+#    asyncio's loop with sockets that may speak TLS (smtplib's, which asyncio refuses), and limits over all processes.
 # ======================================================================================================================
 
 TLS_WRITES = {ssl.SSLWantReadError: False, ssl.SSLWantWriteError: True}  # TLS may have to read in order to write
