@@ -2871,7 +2871,7 @@ def _compose(submission: Submission, charset: str, trace: str, queueid: str, hos
 def text_part(subtype: str, text: str, charset: str) -> list:
     """Return [header, body] of a part that is text, with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    encoding, body = "7bit", charset_encoder(charset)((text.removesuffix("\n") + "\n").replace("\n", "\r\n"))
+    encoding, body = "7bit", encode_text((text.removesuffix("\n") + "\n").replace("\n", "\r\n"), charset)
     if (NOT_7BIT if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
         both = ("quoted-printable", binascii.b2a_qp(body, istext=True)), ("base64", base64_lines(body))
         encoding, body = min(both, key=lambda encoded: len(encoded[1]))
@@ -2914,7 +2914,7 @@ def file_part(item: Attachment, charset: str) -> list:
 
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
-    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
+    coded = f"{charset}''{urllib.parse.quote_from_bytes(encode_text(text, charset), safe='')}"
     if len(coded) <= 60:
         return f";\r\n {name}*={coded}"
     segments = re.findall("(?:%..|[^%]){1,20}", coded)
@@ -2944,12 +2944,11 @@ class HTMLTextExtractor(HTMLParser):
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        values = dict(attrs)
         self.out.append(BLOCK_MARKS.get(tag, "") + START_MARKS.get(tag, ""))
         if tag == "a":
-            self.link, self.link_start = values.get("href") or "", len(self.out)
+            self.link, self.link_start = dict(attrs).get("href") or "", len(self.out)
         elif tag == "img":
-            self.handle_data(values.get("alt") or "")
+            self.handle_data(dict(attrs).get("alt") or "")
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
@@ -3011,29 +3010,25 @@ def fold(line: str, tokens: Any) -> str:
 
 def encoded_words(value: str, charset: str, used: int) -> list:
     """Return encoded words (RFC 2047) of whole characters, for lines of 76 columns; `used` of the first are taken."""
-    encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
+    words, room, start = [], 76 - used, 0
     value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
     while start < len(value) or not words:
         size, limit = min(len(value) - start, room), (room - len(charset) - 7) // 4 * 3  # characters, octets
-        while len(coded := encode(value[start : start + size])) > limit and size > 1:
+        while len(coded := encode_text(value[start : start + size], charset)) > limit and size > 1:
             size = max(1, min(size - 1, size * limit // len(coded) + 1))
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
 
 
-@functools.lru_cache(maxsize=64)
-def charset_encoder(charset: str) -> Callable:
-    """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
-    codec = codec_name(charset)
-
-    def encode(text: str) -> bytes:
-        octets = text.encode(codec)
-        if octets.decode(codec, "replace") != text:  # EUC-JP turns a yen sign into a backslash
-            raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
-        return octets
-
-    return CHARSETS.get(charset, encode)
+def encode_text(text: str, charset: str) -> bytes:
+    """Return the octets of a text; UnicodeEncodeError if the charset can't hold it."""
+    if charset in CHARSETS:
+        return CHARSETS[charset](text)
+    octets = text.encode(codec_name(charset))
+    if octets.decode(codec_name(charset), "replace") != text:  # EUC-JP turns a yen sign into a backslash
+        raise UnicodeEncodeError(charset, text, 0, len(text), "no such character")
+    return octets
 
 
 def encode_jis(text: str) -> bytes:
@@ -3281,12 +3276,11 @@ class SharedLimits:
     def open_session(self, key: str, limit: int) -> int:
         """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
         first = 1 + hash(key) % (1 << 44) * self.MAX_SESSIONS
-        for octet in range(first, first + limit):
+        for octet in itertools.filterfalse(self.sessions.__contains__, range(first, first + limit)):
             with contextlib.suppress(OSError):
-                if octet not in self.sessions:
-                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
-                    self.sessions.add(octet)
-                    return octet
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
+                self.sessions.add(octet)
+                return octet
         return 0
 
     def close_session(self, octet: int) -> None:
