@@ -2800,11 +2800,10 @@ EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".gz": "application/gzip", ".rtf": "application/rtf", ".ics": "text/calendar", ".md": "text/markdown",
 }  # fmt: skip
 
-# Marks in the output of HTMLTextExtractor: a new cell of a table, a line end, "on a line of its own", a paragraph. They
-# are white space that the words beside them no longer have; a blank that is to stay is a no-break space.
+# Marks in the output of HTMLTextExtractor: table cell, line end, line of its own, paragraph. Words have no other white
+# space than blanks; one that stays is a no-break space. BLOCK_MARKS stand at the start and at the end of an element.
 CELL, BREAK, LINE, PARAGRAPH = "\t\n\v\r"
 START_MARKS = {"br": BREAK, "hr": f"-----{LINE}", "li": "* ", "td": CELL, "th": CELL}
-# Marks at the start and at the end of an element.
 BLOCK_MARKS = dict.fromkeys(("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li",
                              "main", "nav", "section", "tr"), LINE)  # fmt: skip
 BLOCK_MARKS.update(dict.fromkeys(("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p",
@@ -2825,9 +2824,8 @@ rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, loca
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
     """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
     date, address = rfc5322_date(int(now)), str(client or "127.0.0.1")
-    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
-    trace = f"Received: from {submission.ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};"
-    trace += f"\r\n\t{date}"  # RFC 5321 4.4
+    peer = f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # as the trace field has it, RFC 5321 4.4
+    trace = f"Received: from {submission.ehlo or peer} ({peer})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
     if submission.raw:
         return complete_raw_message(submission, trace, queueid, hostname, date)
     try:
@@ -2903,22 +2901,20 @@ def file_part(item: Attachment, charset: str) -> list:
         words = "\r\n ".join(encoded_words(item.filename, charset, 7))
         in_type, in_disposition = f';\r\n name="{words}"', rfc2231_parameter("filename", item.filename, charset)
     disposition = "inline" if item.cid or item.inline else "attachment"
+    encoding, body = "base64", base64_lines(item.content)
     if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() checks that
         encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-    else:
-        encoding, body = "base64", base64_lines(item.content)
     head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {encoding}\r\n"
     head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
     return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
-    """Return a parameter with any characters, in lines of its own."""
+    """Return a parameter with any characters, in lines of its own (RFC 2231 3)."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(encode_text(text, charset), safe='')}"
     if len(coded) <= 60:
         return f";\r\n {name}*={coded}"
-    segments = re.findall("(?:%..|[^%]){1,20}", coded)
-    return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
+    return "".join(f";\r\n {name}*{i}*={part}" for i, part in enumerate(re.findall("(?:%..|[^%]){1,20}", coded)))
 
 
 def html_to_text(html: str) -> str:
@@ -3421,8 +3417,7 @@ class AsyncSocket:
 random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
 
 A, CNAME, MX, TXT, AAAA = 1, 5, 15, 16, 28  # record types
-NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
-TRUNCATED = 16  # none of them: the message is not complete, or has too many records
+NOERROR, SERVFAIL, NXDOMAIN, TRUNCATED = 0, 2, 3, 16  # RFC 1035 4.1.1; 16 is ours: incomplete, or too many records
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
 MAX_ALIASES = 8  # CNAME records followed for one answer
 NEGATIVE_TTL = 60  # seconds for which it is cached that there is no such record
@@ -3516,11 +3511,10 @@ class Resolver:
 
 def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
-    text = ""
+    named: list = []
     with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as stream:
-        text = stream.read()
-    endpoints = map(name_server_endpoint, re.findall(r"(?m)^nameserver[ \t]+(\S+)", text))
-    return tuple(filter(None, endpoints))[:3] or (("127.0.0.1", 53),)
+        named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
+    return tuple(filter(None, map(name_server_endpoint, named)))[:3] or (("127.0.0.1", 53),)
 
 
 async def query(server: tuple, name: str, rtype: int, until: float) -> DNSAnswer:
@@ -3673,9 +3667,8 @@ class Connector:
         self.failed: dict = {}  # (IP address, port): time until which it is tried last
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """Connect to the address of a host that answers first, by the deadline (RFC 8305)."""
+        """Connect to the address that answers first, by the deadline (RFC 8305): families in turn, failed ones last."""
         addresses, turns = [(address, port) for address in self.look_up(host, deadline)], defaultdict(itertools.count)
-        # The families take turns; what failed lately is last.
         addresses.sort(key=lambda address: (self.failed_lately(address), next(turns[":" in address[0]])))
         selector, tried, error = selectors.PollSelector(), [], socket.timeout("timed out")
         try:
