@@ -2851,7 +2851,7 @@ def _compose(submission: Submission, charset: str, trace: str, queueid: str, hos
         extra.setdefault(name, []).append(make_field(name, value, charset))
     fields = {"Date": [f"Date: {date}"], "Message-Id": [f"Message-Id: <{queueid}.{number}@{hostname}>"], **extra}
     lines += [text_field("Subject", header.subject, charset), *itertools.chain(*fields.values())]
-    lines += [fold("X-Haineko-Loop:", [*(f"{name}," for name in header.loop), hostname]), "MIME-Version: 1.0", ""]
+    lines += [fold("X-Haineko-Loop:", ", ".join([*header.loop, hostname]).split()), "MIME-Version: 1.0", ""]
     octets, html = "\r\n".join(lines).encode(), submission.html
     # The richest form of the text is the last (RFC 2046 5.1.4); then come the files.
     pictures = [file_part(item, charset) for item in submission.attachments if html and item.cid]
@@ -3031,6 +3031,8 @@ def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
+    with contextlib.suppress(UnicodeEncodeError):  # as nearly always, in a third of the time
+        return text.translate(CP932_TO_JIS).encode("iso2022_jp")
     table, out = jis_extensions(), []
     for i, run in enumerate(re.split(f"([{''.join(table)}]+)", wide_kana(text).translate(CP932_TO_JIS))):
         out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) if i % 2 else run.encode("iso2022_jp"))
@@ -3066,7 +3068,7 @@ def complete_raw_message(submission: Submission, trace: str, queueid: str, hostn
     author = submission.mail or f"MAILER-DAEMON@{hostname}"
     missing = {"From": f"<{author}>", "Date": date, "Message-Id": f"<{queueid}.1@{hostname}>"}
     ours = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
-    ours.append(fold("X-Haineko-Loop:", [*(f"{name}," for name in submission.header.loop), hostname]))
+    ours.append(fold("X-Haineko-Loop:", ", ".join([*submission.header.loop, hostname]).split()))
     without_mime = not names & {"mime-version", "content-type", "content-transfer-encoding"}
     if without_mime and not (body.isascii() and not UNSENDABLE.search(body)):
         charset = "unknown-8bit"  # RFC 1428
@@ -3253,8 +3255,7 @@ class SharedLimits:
         """Take `count` units, or none if there are not enough of them yet, and then none for `block` seconds more."""
         fingerprint = hash(key) | 1  # not 0; the same in all processes that are forked
         each, now = rate.seconds / rate.limit, time.monotonic()
-        first = fingerprint % (self.SLOTS - self.PROBES)
-        places = range(first, first + self.PROBES)
+        places = range(first := fingerprint % (self.SLOTS - self.PROBES), first + self.PROBES)
         with self.lock:
             fcntl.lockf(self.file, fcntl.LOCK_EX, 1)
             own = [place for place in places if self.fingerprints[place] == fingerprint]
@@ -3519,7 +3520,7 @@ def resolv_conf_servers(path: str) -> tuple:
 
 async def query(server: tuple, name: str, rtype: int, until: float) -> DNSAnswer:
     """Return a server's answer by UDP, or by TCP if that is truncated (RFC 7766 5)."""
-    question = int(random_unit() * 65536), name, rtype
+    question, octets = (int(random_unit() * 65536), name, rtype), b""
     labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
     message = struct.pack(">6H", question[0], 0x0100, 1, 0, 0, 0) + b"".join(labels) + struct.pack(">BHH", 0, rtype, 1)
     # From a random port; the kernel drops datagrams of other senders.
@@ -3536,7 +3537,6 @@ async def query(server: tuple, name: str, rtype: int, until: float) -> DNSAnswer
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(message).to_bytes(2, "big") + message, until)  # its length in front, RFC 1035 4.2.2
-        octets = b""
         while len(octets) < 2 + int.from_bytes(octets[:2], "big"):
             more = await sock.recv(65537 - len(octets), until)
             if not more:
