@@ -2485,16 +2485,14 @@ _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".ods": "application/vnd.oasis.opendocument.spreadsheet", ".odt": "application/vnd.oasis.opendocument.text",
     ".pptx": _OFFICE + "presentationml.presentation", ".docx": _OFFICE + "wordprocessingml.document",
-    ".xlsx": _OFFICE + "spreadsheetml.sheet", ".7z": "application/x-7z-compressed", ".tgz": "application/gzip",
+    ".xlsx": _OFFICE + "spreadsheetml.sheet", ".webp": "image/webp", ".tgz": "application/gzip",
     ".gz": "application/gzip", ".rtf": "application/rtf", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp",
 }  # fmt: skip
 
-# Marks in the output of HTMLTextExtractor: a new cell of a table, a line end, "on a line of its own", a paragraph. They
-# are white space that the words beside them no longer have; a blank that is to stay is a no-break space.
+# Marks in the output of HTMLTextExtractor: table cell, line end, line of its own, paragraph. Words have no other white
+# space than blanks; one that stays is a no-break space. BLOCK_MARKS stand at the start and at the end of an element.
 CELL, BREAK, LINE, PARAGRAPH = "\t\n\v\r"
 START_MARKS = {"br": BREAK, "hr": f"-----{LINE}", "li": "* ", "td": CELL, "th": CELL}
-# Marks at the start and at the end of an element.
 BLOCK_MARKS = dict.fromkeys(("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li",
                              "main", "nav", "section", "tr"), LINE)  # fmt: skip
 BLOCK_MARKS.update(dict.fromkeys(("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p",
@@ -2515,9 +2513,8 @@ rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, loca
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
     """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
     date, address = rfc5322_date(int(now)), str(client or "127.0.0.1")
-    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
-    trace = f"Received: from {submission.ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};"
-    trace += f"\r\n\t{date}"  # RFC 5321 4.4
+    peer = f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # as the trace field has it, RFC 5321 4.4
+    trace = f"Received: from {submission.ehlo or peer} ({peer})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
     if submission.raw:
         return complete_raw_message(submission, trace, queueid, hostname, date)
     try:
@@ -2543,7 +2540,7 @@ def _compose(submission: Submission, charset: str, trace: str, queueid: str, hos
         extra.setdefault(name, []).append(make_field(name, value, charset))
     fields = {"Date": [f"Date: {date}"], "Message-Id": [f"Message-Id: <{queueid}.{number}@{hostname}>"], **extra}
     lines += [text_field("Subject", header.subject, charset), *itertools.chain(*fields.values())]
-    lines += [fold("X-Haineko-Loop:", [*(f"{name}," for name in header.loop), hostname]), "MIME-Version: 1.0", ""]
+    lines += [fold("X-Haineko-Loop:", ", ".join([*header.loop, hostname]).split()), "MIME-Version: 1.0", ""]
     octets, html = "\r\n".join(lines).encode(), submission.html
     # The richest form of the text is the last (RFC 2046 5.1.4); then come the files.
     pictures = [file_part(item, charset) for item in submission.attachments if html and item.cid]
@@ -2561,7 +2558,7 @@ def _compose(submission: Submission, charset: str, trace: str, queueid: str, hos
 def text_part(subtype: str, text: str, charset: str) -> list:
     """Return [header, body] of a part that is text, with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    encoding, body = "7bit", charset_encoder(charset)((text.removesuffix("\n") + "\n").replace("\n", "\r\n"))
+    encoding, body = "7bit", encode_text((text.removesuffix("\n") + "\n").replace("\n", "\r\n"), charset)
     if (NOT_7BIT if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
         both = ("quoted-printable", binascii.b2a_qp(body, istext=True)), ("base64", base64_lines(body))
         encoding, body = min(both, key=lambda encoded: len(encoded[1]))
@@ -2593,22 +2590,20 @@ def file_part(item: Attachment, charset: str) -> list:
         words = "\r\n ".join(encoded_words(item.filename, charset, 7))
         in_type, in_disposition = f';\r\n name="{words}"', rfc2231_parameter("filename", item.filename, charset)
     disposition = "inline" if item.cid or item.inline else "attachment"
+    encoding, body = "base64", base64_lines(item.content)
     if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() checks that
         encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-    else:
-        encoding, body = "base64", base64_lines(item.content)
     head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {encoding}\r\n"
     head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
     return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
-    """Return a parameter with any characters, in lines of its own."""
-    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
+    """Return a parameter with any characters, in lines of its own (RFC 2231 3)."""
+    coded = f"{charset}''{urllib.parse.quote_from_bytes(encode_text(text, charset), safe='')}"
     if len(coded) <= 60:
         return f";\r\n {name}*={coded}"
-    segments = re.findall("(?:%..|[^%]){1,20}", coded)
-    return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
+    return "".join(f";\r\n {name}*{i}*={part}" for i, part in enumerate(re.findall("(?:%..|[^%]){1,20}", coded)))
 
 
 def html_to_text(html: str) -> str:
@@ -2634,12 +2629,11 @@ class HTMLTextExtractor(HTMLParser):
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        values = dict(attrs)
         self.out.append(BLOCK_MARKS.get(tag, "") + START_MARKS.get(tag, ""))
         if tag == "a":
-            self.link, self.link_start = values.get("href") or "", len(self.out)
+            self.link, self.link_start = dict(attrs).get("href") or "", len(self.out)
         elif tag == "img":
-            self.handle_data(values.get("alt") or "")
+            self.handle_data(dict(attrs).get("alt") or "")
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
@@ -2701,35 +2695,33 @@ def fold(line: str, tokens: Any) -> str:
 
 def encoded_words(value: str, charset: str, used: int) -> list:
     """Return encoded words (RFC 2047) of whole characters, for lines of 76 columns; `used` of the first are taken."""
-    encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
+    words, room, start = [], 76 - used, 0
     value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
     while start < len(value) or not words:
         size, limit = min(len(value) - start, room), (room - len(charset) - 7) // 4 * 3  # characters, octets
-        while len(coded := encode(value[start : start + size])) > limit and size > 1:
+        while len(coded := encode_text(value[start : start + size], charset)) > limit and size > 1:
             size = max(1, min(size - 1, size * limit // len(coded) + 1))
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
 
 
-@functools.lru_cache(maxsize=64)
-def charset_encoder(charset: str) -> Callable:
-    """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
-    codec = codec_name(charset)
-
-    def encode(text: str) -> bytes:
-        octets = text.encode(codec)
-        if octets.decode(codec, "replace") != text:  # EUC-JP turns a yen sign into a backslash
-            raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
-        return octets
-
-    return CHARSETS.get(charset, encode)
+def encode_text(text: str, charset: str) -> bytes:
+    """Return the octets of a text; UnicodeEncodeError if the charset can't hold it."""
+    if charset in CHARSETS:
+        return CHARSETS[charset](text)
+    octets = text.encode(codec_name(charset))
+    if octets.decode(codec_name(charset), "replace") != text:  # EUC-JP turns a yen sign into a backslash
+        raise UnicodeEncodeError(charset, text, 0, len(text), "no such character")
+    return octets
 
 
 def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
+    with contextlib.suppress(UnicodeEncodeError):  # as nearly always, in a third of the time
+        return text.translate(CP932_TO_JIS).encode("iso2022_jp")
     table, out = jis_extensions(), []
     for i, run in enumerate(re.split(f"([{''.join(table)}]+)", wide_kana(text).translate(CP932_TO_JIS))):
         out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) if i % 2 else run.encode("iso2022_jp"))
@@ -2764,17 +2756,16 @@ def complete_raw_message(submission: Submission, trace: str, queueid: str, hostn
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
     author = submission.mail or f"MAILER-DAEMON@{hostname}"
     missing = {"From": f"<{author}>", "Date": date, "Message-Id": f"<{queueid}.1@{hostname}>"}
-    added = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
-    added.append(fold("X-Haineko-Loop:", [*(f"{name}," for name in submission.header.loop), hostname]))
+    ours = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
+    ours.append(fold("X-Haineko-Loop:", ", ".join([*submission.header.loop, hostname]).split()))
     without_mime = not names & {"mime-version", "content-type", "content-transfer-encoding"}
     if without_mime and not (body.isascii() and not UNSENDABLE.search(body)):
         charset = "unknown-8bit"  # RFC 1428
         if is_utf8(body):
             charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
-        added += ["MIME-Version: 1.0", f"Content-Type: text/plain; charset={charset}"]
-        added.append("Content-Transfer-Encoding: 8bit")
+        ours += ["MIME-Version: 1.0", f"Content-Type: text/plain; charset={charset}", "Content-Transfer-Encoding: 8bit"]
     head = [trace.encode() + b"\n", *(octets for name, octets in submission.raw.fields if name not in dropped)]
-    octets = b"".join([*head, "\n".join([*added, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
+    octets = b"".join([*head, "\n".join([*ours, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
         octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
@@ -2884,8 +2875,7 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 
 # ======================================================================================================================
 # 9. Event loop
-#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
-#    log has the lines about it.
+#    asyncio's loop with sockets that may speak TLS (smtplib's, which asyncio refuses), and limits over all processes.
 # ======================================================================================================================
 
 TLS_WRITES = {ssl.SSLWantReadError: False, ssl.SSLWantWriteError: True}  # TLS may have to read in order to write
@@ -2954,8 +2944,7 @@ class SharedLimits:
         """Take `count` units, or none if there are not enough of them yet, and then none for `block` seconds more."""
         fingerprint = hash(key) | 1  # not 0; the same in all processes that are forked
         each, now = rate.seconds / rate.limit, time.monotonic()
-        first = fingerprint % (self.SLOTS - self.PROBES)
-        places = range(first, first + self.PROBES)
+        places = range(first := fingerprint % (self.SLOTS - self.PROBES), first + self.PROBES)
         with self.lock:
             fcntl.lockf(self.file, fcntl.LOCK_EX, 1)
             own = [place for place in places if self.fingerprints[place] == fingerprint]
@@ -2973,12 +2962,11 @@ class SharedLimits:
     def open_session(self, key: str, limit: int) -> int:
         """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
         first = 1 + hash(key) % (1 << 44) * self.MAX_SESSIONS
-        for octet in range(first, first + limit):
+        for octet in itertools.filterfalse(self.sessions.__contains__, range(first, first + limit)):
             with contextlib.suppress(OSError):
-                if octet not in self.sessions:
-                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
-                    self.sessions.add(octet)
-                    return octet
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
+                self.sessions.add(octet)
+                return octet
         return 0
 
     def close_session(self, octet: int) -> None:
@@ -3119,8 +3107,7 @@ class AsyncSocket:
 random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
 
 A, CNAME, MX, TXT, AAAA = 1, 5, 15, 16, 28  # record types
-NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
-TRUNCATED = 16  # none of them: the message is not complete, or has too many records
+NOERROR, SERVFAIL, NXDOMAIN, TRUNCATED = 0, 2, 3, 16  # RFC 1035 4.1.1; 16 is ours: incomplete, or too many records
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
 MAX_ALIASES = 8  # CNAME records followed for one answer
 NEGATIVE_TTL = 60  # seconds for which it is cached that there is no such record
@@ -3214,16 +3201,15 @@ class Resolver:
 
 def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
-    text = ""
+    named: list = []
     with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as stream:
-        text = stream.read()
-    endpoints = map(name_server_endpoint, re.findall(r"(?m)^nameserver[ \t]+(\S+)", text))
-    return tuple(filter(None, endpoints))[:3] or (("127.0.0.1", 53),)
+        named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
+    return tuple(filter(None, map(name_server_endpoint, named)))[:3] or (("127.0.0.1", 53),)
 
 
 async def query(server: tuple, name: str, rtype: int, until: float) -> DNSAnswer:
     """Return a server's answer by UDP, or by TCP if that is truncated (RFC 7766 5)."""
-    question = int(random_unit() * 65536), name, rtype
+    question, octets = (int(random_unit() * 65536), name, rtype), b""
     labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
     message = struct.pack(">6H", question[0], 0x0100, 1, 0, 0, 0) + b"".join(labels) + struct.pack(">BHH", 0, rtype, 1)
     # From a random port; the kernel drops datagrams of other senders.
@@ -3240,7 +3226,6 @@ async def query(server: tuple, name: str, rtype: int, until: float) -> DNSAnswer
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(message).to_bytes(2, "big") + message, until)  # its length in front, RFC 1035 4.2.2
-        octets = b""
         while len(octets) < 2 + int.from_bytes(octets[:2], "big"):
             more = await sock.recv(65537 - len(octets), until)
             if not more:
@@ -3371,9 +3356,8 @@ class Connector:
         self.failed: dict = {}  # (IP address, port): time until which it is tried last
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """Connect to the address of a host that answers first, by the deadline (RFC 8305)."""
+        """Connect to the address that answers first, by the deadline (RFC 8305): families in turn, failed ones last."""
         addresses, turns = [(address, port) for address in self.look_up(host, deadline)], defaultdict(itertools.count)
-        # The families take turns; what failed lately is last.
         addresses.sort(key=lambda address: (self.failed_lately(address), next(turns[":" in address[0]])))
         selector, tried, error = selectors.PollSelector(), [], socket.timeout("timed out")
         try:
