@@ -259,11 +259,6 @@ def certificate(name: str = "here") -> str:
     return CERTIFICATES[name]
 
 
-def without_warnings(text: str) -> str:
-    """What `check` says on stderr beside its warnings."""
-    return "".join(line for line in text.splitlines(True) if not line.startswith("warning: "))
-
-
 def eventually(condition, what: str = "", seconds: float = 10.0):
     """The first true thing that condition() gives; AssertionError where none comes in time."""
     deadline = time.monotonic() + seconds
@@ -12421,39 +12416,67 @@ class Commands(Folder, Peers):
         Folder.setUp(self)
         Peers.setUp(self)
 
-    def haineko(self, *words: str, given: bytes | str = b"", **variables: str) -> tuple:
-        """(exit code, stdout, stderr) of a command."""
-        done = run_program(
-            *words,
-            given=given if isinstance(given, bytes) else given.encode(),
-            cwd=self.folder,
-            env=environment(**variables),
-        )
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-    called = staticmethod(run_here)
-
-    def each(self, *cases: tuple, given: tuple = (), **variables: str) -> list:
-        """The results of several commands."""
-        pairs = itertools.zip_longest(cases, given, fillvalue="")
-        return [self.called(*words, given=text, **variables) for words, text in pairs]
-
     def settings(self, **sections) -> str:
         """Path of a settings file."""
         return self.write("haineko.json", {**DEFAULTS, **sections})
 
     def test_usage(self) -> None:
-        self.assertEqual(self.haineko("--version"), (0, f"Haineko {haineko.__version__}\n", ""))
-        cases = ((), ("nyaa",), ("serve", "--nyaa"), ("route",))
-        for words, (code, out, err) in zip(cases, self.each(*cases)):
-            with self.subTest(words):
-                self.assertEqual((code, out), (2, ""))
-                self.assertIn("usage:", err)
-        code, out, _ = self.called("-h")
+        words = [sys.executable, "-m", "haineko", "--version"]  # as in production
+        done = subprocess.run(words, cwd=SCRATCH.name, env=environment(), capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, f"Haineko {haineko.__version__}\n", ""))
+        code, out, _ = run_here("-h")
         self.assertEqual(code, 0)
         for name in haineko.COMMANDS:
             self.assertIn(f"    {name} ", out)
-            self.assertEqual(self.called(name, "-h")[0], 0)
+            self.assertEqual(run_here(name, "-h")[0], 0)
+
+    def test_wrong_usage_and_routes(self) -> None:
+        bad = self.write("bad.json", {"httpd": {"lissen": "x"}, "mailertable": {"default": {"mailer": "ESNTP"}}})
+        path = self.settings(
+            recipients={"domainpart": ["example.jp", "a.example.jp", "example.net"]},
+            mailertable={"example.jp": {"mailer": "Screen"}, ".example.jp": {"host": "192.0.2.1", "port": 465}},
+            sendermt={"example.org": {"mailer": "Discard"}},
+            queue={"path": "q.db"},
+        )
+        never = f"haineko: {self.folder}/q.db: does not exist; nothing was ever queued\n"
+        anywhere = f"show -c {path} x", f"-c {path} show x", f"show x -c {path}"
+        clear = "HTTP://192.0.2.1:2794/", "http://localhost.example.org/", "http://127.0.0.1@h/", "http://mail.example/"
+        none = "http://127.0.0.1:99999/", "http://[::1", "http://127.0.0.1:9/ねこ", "ftp://h/", "http://a..b/", "neko"
+        twice = "mail.json --to a@b.jp", "mail.json --subject x", "--sender a@b.jp"
+        cases = (
+            # words, exit code, what it says
+            *((words, 2, "usage:") for words in ("", "nyaa", "serve --nyaa", "route", "setup")),
+            ("serve --listen nonsense", 2, 'expected "host:port", "[v6]:port" or "unix:/path"'),
+            ("serve --workers -1", 2, "a whole number from 0 to 256"),
+            ("serve --workers x", 2, "invalid int value"),
+            (f"serve -c {bad}", 2, 'httpd.lissen: unknown key; did you mean "listen"?'),
+            (f"serve -c {bad}", 2, 'mailertable.default.mailer: unknown relay type "ESNTP"'),
+            ("serve -c /nowhere.json", 2, "/nowhere.json: No such file or directory"),
+            ("check --sender nobody", 2, "is no mail address of a domain"),
+            ("check --sender a@[127.0.0.1]", 2, "is no mail address of a domain"),
+            ("check --sender a@b.example --selector a\tb", 2, "is no selector"),
+            ("check --sender nobody -c /nowhere.json", 1, "No such file"),
+            *((f"send --user x --to a@b.jp --body x --url {url}", 2, "in clear text") for url in clear),
+            *((f"send --url {url}", 2, "is no URL of a Haineko") for url in none),
+            *((f"send {words}", 2, "want --to, and no FILE") for words in twice),
+            ("send --to a@b.jp --attach /nowhere.pdf", 2, "/nowhere.pdf: No such file"),
+            ("send /nowhere.json", 2, "/nowhere.json: No such file"),
+            ("send --url http://127.0.0.1:1/", 1, "Connection refused"),
+            ("route a@example.jp", 0, 'Screen (mailertable["example.jp"])'),
+            ("route a@A.Example.JP", 0, 'ESMTP 192.0.2.1:465, TLS (mailertable[".example.jp"])'),
+            ("route a@example.net --sender b@example.org", 0, 'Discard (sendermt["example.org"])'),
+            (f"route -c {path} a@example.net --sender c@d.jp", 0, "ESMTP 127.0.0.1:25 (no route matches)"),
+            ("route a@example.com", 1, "would be refused: 553 5.7.1"),
+            ("route nonsense", 2, "is no mail address"),
+            ("route a@example.jp --sender nonsense", 2, "is no mail address"),
+            *((f"queue {words}", 1, never) for words in anywhere),
+        )
+        for words, wanted, part in cases:
+            with self.subTest(words):
+                code, out, err = run_here(*words.split(" ") if words else (), HAINEKO_CONF=path)
+                self.assertEqual((code, out if wanted == 2 and words[:5] != "check" else ""), (wanted, ""))
+                self.assertIn(part, out + err)
+                self.assertNotIn("Traceback", err)
 
     def test_serve_without_settings_harms_nobody_and_says_so(self) -> None:
         server = served(self, None, "--listen", "127.0.0.1:0", "--workers", "1", "-d")
@@ -12469,204 +12492,145 @@ class Commands(Folder, Peers):
         for name in ("haineko.py", "test_haineko.py", "haineko.json.example", "README.md"):
             shutil.copy(os.path.join(HERE, name), self.folder)
         path = self.settings(mailertable={"default": esmtp(peer)})
-        before = os.stat(path)
-        only = [
-            f"test_haineko.Commands.test_{name}"
-            for name in (
-                "serve_without_settings_harms_nobody_and_says_so",
-                "serve_says_why_it_does_not_start",
-                "sendmail",
-                "usage",
-            )
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", "unittest", "-q", *only],
-            cwd=self.folder,
-            capture_output=True,
-            env={**environment(), "HAINEKO_CONF": path},
-            timeout=60,
-            check=False,
-        )
+        before, names = os.stat(path), set(os.listdir(self.folder))
+        some = "serve_without_settings_harms_nobody_and_says_so", "sendmail", "usage", "wrong_usage_and_routes"
+        words = [sys.executable, "-m", "unittest", "-q", *(f"test_haineko.Commands.test_{name}" for name in some)]
+        env = {**environment(), "HAINEKO_CONF": path}
+        done = subprocess.run(words, cwd=self.folder, capture_output=True, env=env, timeout=60, check=False)
         self.assertEqual((done.returncode, peer.connections), (0, []), done.stderr.decode())
         after = os.stat(path)
         self.assertEqual((after.st_mtime_ns, after.st_ino), (before.st_mtime_ns, before.st_ino))
-        names = {"haineko.py", "test_haineko.py", "haineko.json.example", "haineko.json", "README.md"}
         self.assertEqual(set(os.listdir(self.folder)), names)
 
-    def test_dialogues_of_many_sessions_cost_no_mail(self) -> None:
-        peer = self.peer({".": "421 2.0.0 no, but see you again"})
-        server = served(self, {"mailertable": {"default": esmtp(peer)}}, "-d")
+    def test_serve_shows_dialogues_without_secrets_and_many_cost_no_mail(self) -> None:
+        peer = self.peer({".": "421 2.0.0 no, but see you again"}, "AUTH PLAIN", logins={"kijitora": "n-y-a-a"})
+        login = {"x": {"username": "kijitora", "password": "n-y-a-a"}}
+        server = served(self, {"authinfo": login, "mailertable": {"default": esmtp(peer, auth="x")}}, "--devel")
+        server.ask(post())
+        self.assertIn("127.0.0.1 > RCPT TO:<mikeneko@example.jp>\n127.0.0.1 < 250 2.1.5 recipient fine\n", server.log())
         before = server.workers()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: server.ask(post(document())), range(64)))
+            answers = list(pool.map(lambda _: server.ask(post()), range(64)))
         said = collections.Counter(item["message"][0] for _, _, found in answers for item in found["response"])
         self.assertEqual(said, {"2.0.0 no, but see you again": 64})
         self.assertEqual(server.workers(), before)
-        eventually(lambda: server.log().count(" < 421 2.0.0 no") == 64, "the dialogues")
-
-    def test_serve_shows_dialogues_without_secrets(self) -> None:
-        peer = self.peer({}, "AUTH PLAIN", logins={"kijitora": "n-y-a-a"})
-        route = esmtp(peer, auth="x")
-        force = {"authinfo": {"x": {"username": "kijitora", "password": "n-y-a-a"}}, "mailertable": {"default": route}}
-        server = served(self, force, "--devel")
-        self.assertEqual(server.ask(post())[0], 200)
-        self.assertIn("127.0.0.1 > RCPT TO:<mikeneko@example.jp>\n127.0.0.1 < 250 2.1.5 recipient fine\n", server.log())
+        eventually(lambda: server.log().count(" < 421 2.0.0 no") == 65, "the dialogues")
         self.assertNotRegex(server.log(), "n-y-a-a|" + base64.b64encode(b"\0kijitora\0n-y-a-a").decode())
 
-    def test_serve_says_why_it_does_not_start(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            place = f"127.0.0.1:{taken.getsockname()[1]}"
-            fine = self.settings()
-            bad = self.write("bad.json", {"httpd": {"lissen": "x"}, "mailertable": {"default": {"mailer": "ESNTP"}}})
-            cases = (
-                (("serve", "--listen", place, "-c", fine), 1, f"can't listen at {place}: Address already in use"),
-                (("serve", "-c", fine, "--listen", "nonsense"), 2, 'expected "host:port", "[v6]:port" or "unix:/path"'),
-                (("serve", "-c", fine, "--workers", "-1"), 2, "a whole number from 0 to 256"),
-                (("serve", "--workers", "x"), 2, "invalid int value"),
-                (("serve", "-c", bad), 2, 'httpd.lissen: unknown key; did you mean "listen"?'),
-                (("serve", "-c", "/nowhere.json"), 2, "/nowhere.json: No such file or directory"),
-            )
-            results = [self.haineko(*cases[0][0]), *self.each(*[words for words, *_ in cases[1:]])]
-            for (words, wanted, reason), (code, out, err) in zip(cases, results):
-                with self.subTest(words):
-                    self.assertEqual((code, out), (wanted, ""))
-                    self.assertIn(reason, err)
-                    self.assertNotIn("Traceback", err)
-            code, _, err = self.called("serve", HAINEKO_CONF=bad)
-            self.assertEqual(code, 2)
-            self.assertIn('mailertable.default.mailer: unknown relay type "ESNTP"', err)
-
-    def test_the_daemon_starts_stops_restarts_and_says_how_it_is(self) -> None:
-        gate = threading.Event()
-        self.addCleanup(gate.set)
-        peer = self.peer({".": held(gate)})
-        force = self.settings(
-            httpd={"listen": "127.0.0.1:0", "workers": 1}, mailertable={"default": esmtp(peer, timeout=9)}
-        )
-        options = ("-c", force, "--pid-file", os.path.join(self.folder, "x.pid"))
-        self.addCleanup(self.called, "stop", *options)
-        self.addCleanup(gate.set)
-
-        def placed(err: str):
-            return place_of(re.search(r"http://\S+", err)[0])
-
-        for command in ("status", "stop", "reload"):
-            self.assertEqual(self.called(command, *options)[0], 1, command)
-        systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.addCleanup(systemd.close)
-        systemd.bind(os.path.join(self.folder, "notify"))
-        code, out, err = self.haineko("start", *options, NOTIFY_SOCKET=systemd.getsockname())
-        self.assertEqual((code, out), (0, ""), err)
-        said = rf"\Ahaineko {haineko.__version__} listens at http://127\.0\.0\.1:\d+/ \(pid \d+, log /.*/x\.log\)\n\Z"
-        self.assertRegex(err, said)
-        self.assertEqual(self.called("start", *options)[0], 1)
-        code, out, _ = self.called("status", *options)
-        self.assertEqual((code, int(re.search(r"pid (\d+)", out)[1])), (0, int(re.search(r"pid (\d+)", err)[1])))
-        self.assertRegex(
-            out, r" since \d{4}-\d\d-\d\dT[\d:]+[+-]\d{4}, listens at http://127\.0\.0\.1:\d+/, log /.*/x\.log\n"
-        )
-        logs = [os.path.join(self.folder, name) for name in ("x.log.1", "x.log")]
-        os.rename(logs[1], logs[0])  # as logrotate does
-        self.assertEqual(self.called("reload", *options)[0], 0)
-        eventually(lambda: os.path.exists(logs[1]), "a new log file")
-        with HttpClient(placed(err)) as wire:
-            wire.send(post())
-            eventually(lambda: peer.now, "the mail at its next hop")
-            stopping = threading.Thread(target=lambda: found.append(self.haineko("restart", *options)))
-            found: list = []
-            stopping.start()
-            self.assertRaises(OSError, eventually, lambda: HttpClient(placed(err)).close(), "no connection")
-            self.assertEqual(found, [])
-            gate.set()
-            self.assertEqual(wire.answer()[0], 200)
-            stopping.join()
-        [(code, _, err)] = found
-        self.assertEqual(code, 0)
-        with HttpClient(placed(err)) as wire:
-            self.assertEqual(wire.ask(post())[0], 200)
-        self.write("haineko.json", {"httpd": {"lissen": 1}})
-        for command in ("reload", "restart"):  # rather the old one than none
-            self.assertEqual(self.called(command, *options)[0], 2, command)
-        self.assertEqual(self.called("stop", *options)[0], 0)
-        self.assertEqual(select.select([systemd], [], [], 0)[0], [])  # it waits for the process that it has started
-        self.assertEqual(self.called("status", *options)[:2], (1, "haineko does not run\n"))
-        self.assertFalse(os.path.exists(os.path.join(self.folder, "x.pid")))
-        text = ""
-        for path in logs:
-            with open(path, encoding="utf-8") as stream:
-                text += stream.read()
-        self.assertIn(" client=127.0.0.1 ", text)
-        self.assertIn("reloaded ", text)
-        self.assertNotIn("Traceback", text)
-
-    def test_start_says_why_it_does_not(self) -> None:
-        bad, log = self.write("bad.json", {"x": 1}), os.path.join(self.folder, "x.log")
-        fine = self.settings(httpd={"listen": "127.0.0.1:0"})
+    def test_serve_and_start_say_why_not(self) -> None:
+        victim, log, pid = self.write("victim", "precious"), f"{self.folder}/x.log", f"{self.folder}/x.pid"
+        bad, fine = self.write("bad.json", {"x": 1}), self.settings(httpd={"listen": "127.0.0.1:0"})
+        start, env = f"start --pid-file {pid} -c {fine}", environment(PYTHONPATH=os.path.dirname(PROGRAM))
+        more = {"capture_output": True, "text": True, "env": env, "timeout": 30}
         with socket.create_server(("127.0.0.1", 0)) as taken:
             place = f"127.0.0.1:{taken.getsockname()[1]}"
             cases = (
-                (("-c", fine, "--listen", place), "", 1, f"can't listen at {place}: Address already in use"),
-                (("-c", bad), "", 2, "x: unknown key"),
-                (("-c", fine), "os.mkdir(sys.argv[-1])", 1, f"can't start: [Errno 21] Is a directory: '{log}'"),
-                (("-c", fine), "haineko.SIGNALS = None", 1, f"did not start; see {log}\n"),
+                # words, what was done before, exit code, why not
+                (f"serve -c {fine} --listen {place}", "", 1, f"can't listen at {place}: Address already in use"),
+                (f"{start} --listen {place}", "", 1, f"can't listen at {place}: Address already in use"),
+                (f"start --pid-file {pid} -c {bad}", "", 2, "x: unknown key"),
+                (start, f"os.mkdir({log!r})", 1, f"can't start: [Errno 21] Is a directory: '{log}'"),
+                (start, "haineko.SIGNALS = None", 1, f"did not start; see {log}\n"),
+                *((start, f"os.symlink({victim!r}, {path!r})", 1, "symbolic links") for path in (log, pid)),
             )
             for words, before, wanted, reason in cases:
-                script = f"import os, sys, haineko; {before}\nsys.exit(haineko.main(sys.argv[1:-1]))"
-                command = [sys.executable, "-c", script, "start", *words, "--pid-file", log[:-3] + "pid", log]
-                env = environment(PYTHONPATH=os.path.dirname(PROGRAM))
-                done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=30, check=False)
+                script = f"import os, haineko; {before}\nraise SystemExit(haineko.main({words.split()}))"
+                done = subprocess.run([sys.executable, "-c", script], check=False, **more)
                 with self.subTest(words, before=before):
                     self.assertEqual((done.returncode, done.stdout), (wanted, ""), done.stderr)
                     self.assertIn(reason, done.stderr)
                     self.assertNotIn("Traceback", done.stderr)
-                if os.path.isdir(log):
-                    os.rmdir(log)
+                for path in filter(os.path.lexists, (log, pid)):
+                    (os.rmdir if os.path.isdir(path) else os.unlink)(path)
+        with open(victim) as stream:
+            self.assertEqual(stream.read(), "precious")
 
-    def test_check_prints_every_fault_or_where_mail_would_go(self) -> None:
+    def test_the_daemon_starts_stops_restarts_and_says_how_it_is(self) -> None:
+        gate, found = threading.Event(), []
+        peer = self.peer({".": held(gate)})
+        pid, log, old = (os.path.join(self.folder, name) for name in ("x.pid", "x.log", "x.log.1"))
+        httpd, route = {"listen": "127.0.0.1:0", "workers": 1}, esmtp(peer, timeout=9)
+        options = ("-c", self.settings(httpd=httpd, mailertable={"default": route}), "--pid-file", pid)
+        self.addCleanup(run_here, "stop", *options)
+        self.addCleanup(gate.set)
+        place = lambda err: place_of(re.search(r"http://\S+", err)[0])  # noqa: E731
+        for command in ("status", "stop", "reload"):
+            self.assertEqual(run_here(command, *options)[0], 1, command)
+        systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(systemd.close)
+        systemd.bind(os.path.join(self.folder, "notify"))
+        done = run_program("start", *options, text=True, env=environment(NOTIFY_SOCKET=systemd.getsockname()))
+        self.assertEqual((done.returncode, done.stdout), (0, ""), done.stderr)
+        said = rf"\Ahaineko {haineko.__version__} listens at http://127\.0\.0\.1:\d+/ \(pid (\d+), log /.*/x\.log\)\n\Z"
+        (number,) = re.findall(said, done.stderr)
+        self.assertEqual(run_here("start", *options)[0], 1)
+        code, out, _ = run_here("status", *options)
+        since = r"since \d{4}-\d\d-\d\dT[\d:]+[+-]\d{4}"
+        self.assertRegex(out, rf"pid {number}\b.* {since}, listens at http://127\.0\.0\.1:\d+/, log /.*/x\.log\n")
+        self.assertEqual(code, 0)
+        os.rename(log, old)  # as logrotate does
+        self.assertEqual(run_here("reload", *options)[0], 0)
+        eventually(lambda: os.path.exists(log), "a new log file")
+        with HttpClient(place(done.stderr)) as wire:
+            wire.send(post())
+            eventually(lambda: peer.now, "the mail at its next hop")
+            stopping = threading.Thread(target=lambda: found.append(run_program("restart", *options, text=True)))
+            stopping.start()
+            self.assertRaises(OSError, eventually, lambda: HttpClient(place(done.stderr)).close(), "no connection")
+            self.assertEqual(found, [])
+            gate.set()
+            self.assertEqual(wire.answer()[0], 200)
+            stopping.join()
+        self.assertEqual(found[0].returncode, 0)
+        with HttpClient(place(found[0].stderr)) as wire:
+            self.assertEqual(wire.ask(post())[0], 200)
+        self.write("haineko.json", {"httpd": {"lissen": 1}})
+        for command in ("reload", "restart"):  # rather the old one than none
+            self.assertEqual(run_here(command, *options)[0], 2, command)
+        self.assertEqual(run_here("stop", *options)[0], 0)
+        self.assertEqual(select.select([systemd], [], [], 0)[0], [])  # it waits for the process that it has started
+        self.assertEqual(run_here("status", *options)[:2], (1, "haineko does not run\n"))
+        self.assertFalse(os.path.exists(pid))
+        with open(old, encoding="utf-8") as first, open(log, encoding="utf-8") as second:
+            text = first.read() + second.read()
+        self.assertIn(" client=127.0.0.1 ", text)
+        self.assertIn("reloaded ", text)
+        self.assertNotIn("Traceback", text)
+
+    def test_check_prints_where_mail_would_go_and_who_may_be_written_to_or_every_fault(self) -> None:
         smart = {"host": "smtp.example.org", "port": 587, "starttls": 1, "auth": "relay"}
         login = {"relay": {"username": "a", "password": "b"}}
+        to, named = "; may be written to: ", {"domainpart": ["b.jp", "a.jp"], "recipients": ["x@y.jp"]}
         cases = (
             ({"mailertable": {"default": smart}, "authinfo": login}, "smtp.example.org:587, STARTTLS, AUTH as relay"),
             ({"mailertable": {"default": {"mailer": "Discard"}}}, "Discard"),
             ({"mailertable": {"default": {"mailer": self.folder}}}, f"File {self.folder}"),
             ({}, "ESMTP 127.0.0.1:25"),
+            ({}, f"{to}@{NAME} only (setting recipients)"),
+            ({"recipients": {}}, f"{to}nobody (setting recipients)"),
+            ({"recipients": {"open-relay": 1}}, f"{to}everybody"),
+            ({"recipients": named}, f"{to}@a.jp, @b.jp, x@y.jp only (setting recipients)"),
         )
-        paths = [self.write(f"{i}.json", sections) for i, (sections, _) in enumerate(cases)]
-        results = [self.called("check", "-c", path) for path in paths]
-        for (sections, wanted), (code, out, err) in zip(cases, results):
+        for sections, wanted in cases:
             with self.subTest(sections):
-                self.assertEqual((code, without_warnings(err), out.count("\n")), (0, "", 1))
+                path = self.write("haineko.json", {"smtpd": {"hostname": NAME}, **sections})
+                code, out, err = run_here("check", "-c", path)
+                self.assertEqual((code, out.count("\n"), "root" in out), (0, 1, os.geteuid() == 0))
                 self.assertIn(wanted, out)
-        faulty = {
-            "htpd": {},
-            "smtpd": {"max_workers": 0, "max_message_sise": 1},
-            "mailertable": {"default": {"auth": "relai"}, "example.jp": {"port": "25"}},
-            "authinfo": login,
-        }
-        code, out, err = self.called("check", HAINEKO_CONF=self.write("haineko.json", faulty))
+                self.assertNotRegex(err, "(?m)^(?!warning: ).")
+        table = {"default": {"auth": "relai"}, "example.jp": {"port": "25"}}
+        smtpd = {"max_workers": 0, "max_message_sise": 1}
+        faulty = {"htpd": {}, "smtpd": smtpd, "mailertable": table, "authinfo": login}
+        code, out, err = run_here("check", HAINEKO_CONF=self.write("haineko.json", faulty))
         self.assertEqual((code, err), (1, ""))
-        for path, hint in (
-            ("htpd", '"httpd"'),
-            ("smtpd.max_workers", "1 to 256"),
-            ("smtpd.max_message_sise", '"max_message_size"'),
-            ("mailertable.example.jp.port", "1 to 65535"),
-        ):
-            self.assertRegex(out, rf"(?m)^{re.escape(path)}: .*{re.escape(hint)}")
-        code, out, _ = self.called("check", "-c", self.write("haineko.json", {"authinfo": login}, mode=0o644))
-        self.assertEqual(code, 1)
-        self.assertIn("chmod 600", out)
-        self.assertEqual(self.called("check", "-c", os.path.join(self.folder, "none"))[0], 1)
-
-    def test_a_log_or_pid_file_that_is_a_link_is_not_followed(self) -> None:
-        path, victim = self.settings(httpd={"listen": "127.0.0.1:0"}), self.write("victim", "precious")
-        for name in ("x.log", "x.pid"):
-            os.symlink(victim, os.path.join(self.folder, name))
-            with self.subTest(name):
-                code, _, err = self.haineko("start", "-c", path, "--pid-file", os.path.join(self.folder, "x.pid"))
-                self.assertEqual((code, "symbolic links" in err), (1, True), err)
-            os.unlink(os.path.join(self.folder, name))
-        with open(victim) as stream:
-            self.assertEqual(stream.read(), "precious")
+        for line in ('htpd: .*"httpd"', "smtpd.max_workers: .*1 to 256", 'smtpd.max_message_sise: .*"max_message_size"',
+                     "mailertable.example.jp.port: .*1 to 65535"):  # fmt: skip
+            self.assertRegex(out, f"(?m)^{line}")
+        code, out, _ = run_here("check", "-c", self.write("haineko.json", {"authinfo": login}, mode=0o644))
+        self.assertEqual((code, "chmod 600" in out), (1, True))
+        path = self.settings()
+        os.chmod(self.folder, 0o777)
+        self.assertIn(f"warning: {self.folder} can be changed by other users", run_here("check", "-c", path)[2])
 
     def test_serve_with_closed_descriptors(self) -> None:
         place = os.path.join(self.folder, "s")
@@ -12678,36 +12642,17 @@ class Commands(Folder, Peers):
         def connected():
             with contextlib.suppress(OSError):  # it is not bound, or does not listen yet
                 return HttpClient(place)
-            return None
 
         with eventually(connected, "a server", 20) as wire:
-            self.assertEqual(wire.ask(post(document()))[0], 200)
-
-    def test_options_stand_before_or_after_words(self) -> None:
-        path = self.settings(queue={"path": "q.db"})
-        for words in (("show", "-c", path, "x"), ("-c", path, "show", "x"), ("show", "x", "-c", path)):
-            with self.subTest(words):
-                code, _, err = self.called("queue", *words)
-                self.assertEqual(
-                    (code, err), (1, f"haineko: {self.folder}/q.db: does not exist; nothing was ever queued\n")
-                )
-        self.assertEqual(self.called("route", "-c", path, "a@b.jp", "--sender", "c@d.jp")[0], 0)
+            self.assertEqual(wire.ask(post())[0], 200)
 
     def test_a_prompt_that_gets_no_answer(self) -> None:
-        for words, prompt in (
-            (("pw",), b"Password: "),
-            (("send", "--user", "x", "--to", "a@b.jp", "--body", "x"), b": "),
-        ):
+        for words, prompt in (("pw", b"Password: "), ("send --user x --to a@b.jp --body x", b": ")):
             with self.subTest(words, terminal=True):
                 ours, theirs = pty.openpty()
-                running = subprocess.Popen(
-                    [sys.executable, LAUNCHER, *words],
-                    stdin=theirs,
-                    stderr=subprocess.PIPE,
-                    env=environment(),
-                    start_new_session=True,
-                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 -- no thread runs yet
-                )
+                more = {"stdin": theirs, "stderr": subprocess.PIPE, "env": environment(), "start_new_session": True}
+                more["preexec_fn"] = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+                running = subprocess.Popen([sys.executable, LAUNCHER, *words.split()], **more)
                 os.close(theirs)
                 seen = b""
                 while not seen.endswith(prompt):
@@ -12717,380 +12662,276 @@ class Commands(Folder, Peers):
                 os.close(ours)
                 self.assertEqual((running.returncode, err), (1, b"haineko: no password\n"))
         done = run_program("send", "--user", "x", given=b"{}", start_new_session=True)
-        self.assertEqual(
-            (done.returncode, done.stderr), (1, b"haineko: there is no terminal to ask for the password\n")
-        )
-
-    def test_a_password_is_not_sent_in_clear_text(self) -> None:
-        mail = ("--user", "x", "--to", "a@b.jp", "--body", "x")
-        for url in (
-            "http://mail.example.org/",
-            "HTTP://192.0.2.1:2794/",
-            "http://localhost.example.org/",
-            "http://127.0.0.1@h/",
-        ):
-            with self.subTest(url):
-                code, _, err = self.called("send", "--url", url, *mail)
-                self.assertEqual((code, "in clear text" in err), (2, True), err)
-
-    def test_check_says_who_may_be_written_to(self) -> None:
-        cases = (
-            ({"open-relay": 1}, "everybody"),
-            (None, f"@{NAME} only (setting recipients)"),
-            (
-                {"domainpart": ["b.jp", "a.jp"], "recipients": ["x@y.jp"]},
-                "@a.jp, @b.jp, x@y.jp only (setting recipients)",
-            ),
-            ({}, "nobody (setting recipients)"),
-        )
-        for recipients, wanted in cases:
-            with self.subTest(recipients):
-                sections = {
-                    "smtpd": {"hostname": NAME},
-                    **({"recipients": recipients} if recipients is not None else {}),
-                }
-                code, out, err = self.called("check", "-c", self.write("haineko.json", sections))
-                self.assertEqual((code, without_warnings(err)), (0, ""))
-                self.assertIn(f"; may be written to: {wanted}", out)
-                self.assertEqual("root" in out, os.geteuid() == 0)
-        path = self.settings()
-        os.chmod(self.folder, 0o777)
-        self.assertIn(f"warning: {self.folder} can be changed by other users", self.called("check", "-c", path)[2])
-
-    def test_the_example_is_fine(self) -> None:
-        example = os.path.join(HERE, "haineko.json.example")
-        code, out, _ = self.called("check", "-c", example)
-        self.assertEqual((code, out.count("\n")), (0, 1), out)
-
-    def test_route_says_which_and_why(self) -> None:
-        force = self.settings(
-            recipients={"domainpart": ["example.jp", "a.example.jp", "example.net"]},
-            mailertable={"example.jp": {"mailer": "Screen"}, ".example.jp": {"host": "192.0.2.1", "port": 465}},
-            sendermt={"example.org": {"mailer": "Discard"}},
-        )
-        cases = (
-            (("a@example.jp",), 0, 'Screen (mailertable["example.jp"])'),
-            (("a@A.Example.JP",), 0, 'ESMTP 192.0.2.1:465, TLS (mailertable[".example.jp"])'),
-            (("a@example.net", "--sender", "b@example.org"), 0, 'Discard (sendermt["example.org"])'),
-            (("a@example.net",), 0, "ESMTP 127.0.0.1:25 (no route matches)"),
-            (("a@example.com",), 1, "would be refused: 553 5.7.1"),
-            (("nonsense",), 2, "is no mail address"),
-            (("a@example.jp", "--sender", "nonsense"), 2, "is no mail address"),
-        )
-        results = [self.called("route", *words, "-c", force) for words, *_ in cases]
-        for (words, wanted, part), (code, out, err) in zip(cases, results):
-            with self.subTest(words):
-                self.assertEqual(code, wanted)
-                self.assertIn(part, out + err)
+        said = b"haineko: there is no terminal to ask for the password\n"
+        self.assertEqual((done.returncode, done.stderr), (1, said))
 
     def test_send_posts_and_says_whether_all_was_accepted(self) -> None:
         peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")})
         hashed = {"kijitora": "{SSHA}9p2euyteR33mp0TYKjmYhTlIt1ctxuRn"}
-        server = served(self, {"mailertable": {"default": esmtp(peer)}, "password": hashed})
-        root = server.urls[0]
-        login, flags = ("--user", "kijitora"), ("--subject", "謹賀新年", "--body", "にゃあ", "--mail", "a@example.org")
+        url = served(self, {"mailertable": {"default": esmtp(peer)}, "password": hashed}).urls[0]
         whole, some = json.dumps(document()), json.dumps(document(rcpt=["a@example.jp", "b@example.jp"]))
-        path = self.write("mail.json", whole)
-        page, paper = self.write("page.html", "<p>にゃあ</p>"), self.write("領収書.csv", "1,2\n")
-        files = ("--html", page, "--attach", paper, "--attach", path)
+        path, page = self.write("mail.json", whole), self.write("page.html", "<p>にゃあ</p>")
+        files = f"--html {page} --attach {self.write('領収書.csv', '1,2')} --attach {path}"
+        login, flags = f"--url {url} --user kijitora", "--subject 謹賀新年 --body にゃあ --mail a@example.org"
         cases = (
             # words, on stdin, exit code, codes of the recipients
-            ((path, "--url", root, *login), "", 0, ["250"]),
-            ((path, "--url", root + "submit", *login), "", 0, ["250"]),
-            (("--url", root.rstrip("/"), *login), whole, 0, ["250"]),
-            (("-", "--url", root, *login), some, 1, ["250", "550"]),
-            (("--url", root), whole, 1, ["535"]),
-            (("-", "--url", root, *login), "{", 1, ["421"]),
-            (("--url", root, *login, "--to", "a@example.jp", *flags), "", 0, ["250"]),
-            (("--url", root, *login, "--to", "a@example.jp", "--to", "b@example.jp", *flags), "", 1, ["250", "550"]),
-            (("--url", root, *login, "--to", "a@example.jp", "--subject", "x"), "from stdin\n", 0, ["250"]),
-            (("--url", root, *login, "--to", "h@example.jp", "--subject", "x", *files), "", 0, ["250"]),
-            (("--url", root, *login, "--to", "a@example.jp", "--attach", "/nowhere.pdf"), "x", 2, None),
-            ((path, "--url", root, *login, *files), "", 2, None),
-            (("--url", "http://127.0.0.1:1/", *login), whole, 1, None),
-            (("--url", "nonsense", *login), whole, 2, None),
-            (("/nowhere.json", "--url", root, *login), "", 2, None),
+            (f"{login} {path}", "", 0, ["250"]),
+            (f"{path} --url {url}submit --user kijitora", "", 0, ["250"]),
+            (f"--url {url.rstrip('/')} --user kijitora", whole, 0, ["250"]),
+            (f"- {login}", some, 1, ["250", "550"]),
+            (f"--url {url}", whole, 1, ["535"]),
+            (f"- {login}", "{", 1, ["421"]),
+            (f"{login} --to a@example.jp {flags}", "", 0, ["250"]),
+            (f"{login} --to a@example.jp --to b@example.jp {flags}", "", 1, ["250", "550"]),
+            (f"{login} --to c@example.jp --subject x", "from stdin\n", 0, ["250"]),
+            (f"{login} --to h@example.jp --subject x {files}", "", 0, ["250"]),
         )
-        commands = [("send", *words) for words, *_ in cases]
-        results = self.each(*commands, given=[text for _, text, *_ in cases], HAINEKO_PASSWORD="kijitora")
-        for (words, _, wanted, codes), (code, out, err) in zip(cases, results):
+        for words, given, wanted, codes in cases:
             with self.subTest(words):
-                self.assertEqual(code, wanted, err)
-                self.assertEqual([item["code"] for item in json.loads(out)["response"]] if out else None, codes)
-                self.assertEqual(bool(err), codes is None)
-                self.assertNotIn("Traceback", err)
-        [found] = [
-            message
-            for message in map(email.message_from_bytes, [mail.text for mail in peer.mails])
-            if message["To"] == "a@example.jp" and "=?" in message["Subject"]
-        ][:1]
-        self.assertEqual(email.header.make_header(email.header.decode_header(found["Subject"])), "謹賀新年")
-        self.assertEqual(found.get_payload(decode=True).decode(), "にゃあ\r\n")
-        mails = [email.message_from_bytes(mail.text, policy=email.policy.default) for mail in peer.mails]
-        [rich] = [message for message in mails if message["To"] == "h@example.jp"]
+                code, out, err = run_here("send", *words.split(), given=given, HAINEKO_PASSWORD="kijitora")
+                self.assertEqual((code, err), (wanted, ""))
+                self.assertEqual([item["code"] for item in json.loads(out)["response"]], codes)
+        mails = {mail["To"]: mail for mail in (parsed(mail.text) for mail in peer.mails)}
+        found = mails["a@example.jp"]
+        self.assertEqual((found["Subject"], found.get_content()), ("謹賀新年", "にゃあ\r\n"))
+        self.assertEqual(mails["c@example.jp"].get_content(), "from stdin\r\n")
+        rich = mails["h@example.jp"]
         self.assertEqual(rich.get_body(("html",)).get_content().strip(), "<p>にゃあ</p>")
         attached = {part.get_filename(): part.get_payload(decode=True) for part in rich.iter_attachments()}
-        self.assertEqual(attached, {"領収書.csv": b"1,2\n", "mail.json": whole.encode()})
+        self.assertEqual(attached, {"領収書.csv": b"1,2", "mail.json": whole.encode()})
+
+    def test_an_answer_with_what_a_terminal_would_obey(self):
+        item = dict.fromkeys(("rcpt", "error", "code", "dsn", "command", "mailer"), 0)
+        item["message"] = ["\ud800\x9b2J\u202e\x1b", "ねこ🐈"]
+        with HttpPeer(lambda asked: (200, json.dumps({"response": [item]}).encode())) as peer:
+            shown = run_here("send", "--url", peer.url, given=b"{}")[1]
+        self.assertIn(r'"\ud800\u009b2J\u202e\u001b"', shown)
+        self.assertIn('"ねこ🐈"', shown)
+        self.assertTrue(shown.replace("\n", "").isprintable())
 
     def test_sendmail(self) -> None:
         peer = self.peer({"RCPT": refuses(n="550 5.1.1 no", l="450 4.2.0 later")})
-        force = self.settings(
-            recipients={"domainpart": ["example.jp"]}, mailertable={"default": esmtp(peer), "x": {"mailer": "Discard"}}
-        )
+        table = {"default": esmtp(peer), "x": {"mailer": "Discard"}}
+        force = self.settings(recipients={"domainpart": ["example.jp", "日本語.jp"]}, mailertable=table)
         text = "From: a@example.org\nTo: One <1@example.jp>,\n 2@example.jp\nCc: 3@example.jp\nBcc: 4@example.jp\n"
         text += "Subject: Nya\n\nMeow.\n.\nmore\n"
-        to = lambda *names: [f"RCPT TO:<{name}@example.jp>" for name in names]  # noqa: E731
         cases = (
             # words, message, exit code, envelope recipients that were taken
-            (("a@example.jp",), text, 0, to("a")),
-            (("a@example.jp", "b@example.jp"), text, 0, to("a", "b")),
-            (("-i", "-t"), text, 0, to("1", "2", "3", "4")),
-            (("-oi", "-f", "b@example.org", "--", "a@example.jp"), text, 0, to("a")),
-            (("-i", "-f", "", "a@example.jp"), text, 0, to("a")),
-            (("-t",), "Subject: x\n\nx\n", 64, None),
-            ((), text, 64, None),
-            (("-Z", "a@example.jp"), text, 64, None),
-            (("-bs",), text, 64, None),
-            (("-f", "non sense", "a@example.jp"), text, 64, None),
-            (("a@example.jp",), "Subject: bare\rCR\n\nx\n", 65, None),
-            (("n@example.jp",), text, 69, None),
-            (("-f", "root", "-FCronDaemon", "-i", "-B8BITMIME", "-oem", "a@example.jp"), text, 0, to("a")),
-            (("root",), text, 77, None),  # at this host, which the settings don't permit
-            (("l@example.jp",), text, 75, None),
-            (("n@example.jp", "a@example.jp"), text, 69, to("a")),
-            (("n@example.jp", "l@example.jp"), text, 75, None),
-            (("a@example.net",), text, 77, None),
-            (("a@example.net", "a@example.jp"), text, 77, to("a")),
-            (("a@example.jp",), f"X-Haineko-Loop: {NAME}\n" + text, 69, None),
-        )
-        commands = [("sendmail", "-C", force, *words) for words, *_ in cases]
-        results = self.each(*commands, given=[f"X-Case: {i}\n{case[1]}" for i, case in enumerate(cases)])
-        mails = {int(email.message_from_bytes(mail[2])["X-Case"]): mail for mail in peer.mails}
-        for i, ((words, given, wanted, recipients), (code, out, err)) in enumerate(zip(cases, results)):
+            ("a@example.jp", text, 0, "a"), ("a@example.jp|b@example.jp", text, 0, "ab"), ("-i|-t", text, 0, "1234"),
+            ("-oi|-f|b@example.org|--|a@example.jp", text, 0, "a"), ("-i|-f||a@example.jp", text, 0, "a"),
+            ("-f|root|-FCronDaemon|-i|-B8BITMIME|-oem|a@example.jp", text, 0, "a"),
+            ("-t", "Subject: x\n\nx\n", 64, ""), ("", text, 64, ""), ("-Z|a@example.jp", text, 64, ""),
+            ("-f|non sense|a@example.jp", text, 64, ""), ("a@example.jp", "Subject: bare\rCR\n\nx\n", 65, ""),
+            ("n@example.jp", text, 69, ""), ("-f|<>|n@日本語.jp", text, 69, ""), ("l@example.jp", text, 75, ""),
+            ("root", text, 77, ""),  # at this host, which the settings don't permit
+            ("n@example.jp|a@example.jp", text, 69, "a"), ("n@example.jp|l@example.jp", text, 75, ""),
+            ("a@example.net", text, 77, ""), ("a@example.net|a@example.jp", text, 77, "a"),
+            ("a@example.jp", f"X-Haineko-Loop: {NAME}\n" + text, 69, ""),
+        )  # fmt: skip
+        for words, given, wanted, names in cases:
             with self.subTest(words=words, given=given[:30]):
-                self.assertEqual((code, out), (wanted, ""), err)
-                self.assertEqual(bool(err), bool(wanted))
+                peer.mails.clear()
+                code, out, err = run_here("sendmail", "-C", force, *words.split("|") if words else (), given=given)
+                self.assertEqual((code, out, bool(err)), (wanted, "", bool(wanted)), err)
                 self.assertNotIn("Traceback", err)
-                self.assertEqual(mails[i][1] if i in mails else None, recipients)
-        self.assertEqual(mails[3][0], "MAIL FROM:<b@example.org>")
-        self.assertEqual(mails[4][0], "MAIL FROM:<>")
-        for octets, dots in ((mails[0][2], False), (mails[2][2], True)):
-            found = email.message_from_bytes(octets)
-            self.assertEqual((found["Bcc"], found["Subject"], found["X-Haineko-Loop"]), (None, "Nya", NAME))
-            self.assertEqual(b"\r\n..\r\nmore\r\n" in octets, dots)
-            self.assertTrue(found["Received"] and found["Date"] and found["Message-Id"])
+                self.assertIn("<n@日本語.jp>: 550 RCPT" if "日" in words else "", err)
+                to = [f"RCPT TO:<{name}@example.jp>" for name in names]
+                self.assertEqual([mail.rcpt for mail in peer.mails], [to] if to else [])
+                sender = re.search(r"-f\|(\w+@[^|]+|)\|", words)
+                for mail in peer.mails:
+                    self.assertEqual(mail.sender, sender[1] if sender else mail.sender)
+                    found = email.message_from_bytes(mail.text)
+                    self.assertEqual((found["Bcc"], found["Subject"], found["X-Haineko-Loop"]), (None, "Nya", NAME))
+                    self.assertEqual(b"\r\n..\r\nmore\r\n" in mail.text, bool(re.search(r"-o?i\b", words)))
+                    self.assertTrue(found["Received"] and found["Date"] and found["Message-Id"])
+        self.assertEqual([line for line in peer.lines if line == "MAIL FROM:<>"], ["MAIL FROM:<>"] * 2)
         bad = self.write("bad.json", {"x": 1})
-        self.assertEqual(self.called("sendmail", "-C", bad, "a@example.jp", given=text)[0], 78)
-        code, _, err = self.haineko("sendmail", "a@example.jp", given=text)
-        self.assertEqual((code, "no settings file" in err), (78, True), "it must not be lost on a screen")
+        self.assertEqual(run_here("sendmail", "-C", bad, "a@example.jp", given=text)[0], 78)
+        done = run_program("sendmail", "a@example.jp", given=text, text=True)
+        self.assertEqual((done.returncode, "no settings file" in done.stderr), (78, True), "it'd be lost on a screen")
 
     def test_sendmail_as_programs_call_it(self) -> None:
         peer = self.peer({}, "DSN")
-        path = self.settings(
-            smtpd={"hostname": NAME, "aliases": {"root": ["ops@example.jp"]}}, mailertable={"default": esmtp(peer)}
-        )
-        text = "Subject: x\n\nNya\n"
-        to = "a@example.jp"
-        fails, full, rets = " NOTIFY=FAILURE,DELAY", " RET=FULL", " RET=HDRS"
+        smtpd = {"hostname": NAME, "aliases": {"root": ["ops@example.jp"]}}
+        path = self.settings(smtpd=smtpd, mailertable={"default": esmtp(peer)})
+        text, to, fails = "Subject: x\n\nNya\n", "|a@example.jp", " NOTIFY=FAILURE,DELAY"
         cases = (
-            # words, message, RCPT lines, what MAIL ends with or the header holds
-            (("a@example.jp,b@example.jp",), text, ("a", "b"), ""),
-            (("a@example.jp b@example.jp",), text, ("a", "b"), ""),
-            (("<a@example.jp>", "Neko <b@example.jp>"), text, ("a", "b"), ""),
-            (('"Doe, J" <a@example.jp>, b@example.jp (x)',), text, ("a", "b"), ""),
-            (("-h", "5", "-i", to), text, ("a",), ""),
-            (("-e", "m", to), text, ("a",), ""),
-            (("-em", "-odb", "-O", "x=y", "-Ac", "-Am", "-x", "-n", "-m", "-v", "-G", "-U", to), text, ("a",), ""),
-            (("-L", "label", "-pESMTP", "-X", "log", "-B", "8BITMIME", "-q", to), text, ("a",), ""),
-            (("-N", "failure,delay", "-R", "hdrs", to), text, ("a",), rets),
-            (("-N", "never", "-V", "a b+", to), text, ("a",), full + " ENVID=a+20b+2B"),
-            (("-F", "Cron Daemon", to), text, ("a",), "From: Cron Daemon <cron@"),
-            (("-F", "Cron\nBcc: z@example.jp", to), text, ("a",), "<cron@"),
-            (("-F", "x", to), "From: root (Cron Daemon)\n" + text, ("a",), f"From: root@{NAME} (Cron Daemon)"),
-            (("root",), "To: root\n" + text, ("ops",), f"To: root@{NAME}"),
-            (("Root <root>, b@example.jp",), text, ("ops", "b"), ""),
-            (("-t",), "To: root, neko@example.jp\n" + text, ("ops", "neko"), f"To: root@{NAME}, neko@example.jp"),
-            (("-t",), "Resent-To: r@example.jp\nResent-Bcc: s@example.jp\nResent-From: x\nTo: a@example.jp\n" + text,
-             ("r", "s"), f"Resent-From: x@{NAME}"),
-            (("-t",), "To: x a@example.jp\nCc: b@example.jp\n" + text, None, ""),
-            (("-t",), "Resent-To: r@example.jp\nReceived: x\nResent-To: old@example.jp\n" + text, ("r",), ""),
-            (("-t",), "Resent-From: x@y.jp\nTo: a@example.jp\nResent-To: r@example.jp\n" + text, ("r",), ""),
-            (("-t",), "To: unlisted-recipients:; (no To-header on input)\nBcc: b@example.jp\n" + text, ("b",), ""),
-            (("-t",), "To: a@example.jp,\nCc: b@example.jp (Doe, J), c@example.jp\n" + text, ("a", "b", "c"), ""),
-            (("-t",), "To: a@example.jp; b@example.jp\n" + text, ("a", "b"), ""),
-            (("-t", "c@example.jp"), "To: a@example.jp\n" + text, ("c", "a"), ""),
-            ((to,), "no header at all\n", ("a",), "From: cron@"),
+            # words, header fields, local parts in the RCPT lines, what MAIL ends with or the header holds
+            ("a@example.jp,b@example.jp", "", "a b", ""), ("a@example.jp b@example.jp", "", "a b", ""),
+            ("<a@example.jp>|Neko <b@example.jp>", "", "a b", ""),
+            ('"Doe, J" <a@example.jp>, b@example.jp (x)', "", "a b", ""),
+            ("-h|5|-i" + to, "", "a", ""), ("-e|m" + to, "", "a", ""),
+            ("-em|-odb|-O|x=y|-Ac|-Am|-x|-n|-m|-v|-G|-U" + to, "", "a", ""),
+            ("-L|label|-pESMTP|-X|log|-B|8BITMIME|-q" + to, "", "a", ""),
+            ("-N|failure,delay|-R|hdrs" + to, "", "a", " RET=HDRS"),
+            ("-N|never|-V|a b+" + to, "", "a", " RET=FULL ENVID=a+20b+2B"),
+            ("-F|Cron Daemon" + to, "", "a", "From: Cron Daemon <cron@"),
+            ("-F|Cron\nBcc: z@example.jp" + to, "", "a", "<cron@"),
+            ("-F|x" + to, "From: root (Cron Daemon)\n", "a", f"From: root@{NAME} (Cron Daemon)"),
+            ("root", "To: root\n", "ops", f"To: root@{NAME}"), ("Root <root>, b@example.jp", "", "ops b", ""),
+            ("-t", "To: root, neko@example.jp\n", "ops neko", f"To: root@{NAME}, neko@example.jp"),
+            ("-t", "Resent-To: r@example.jp\nResent-Bcc: s@example.jp\nResent-From: x\nTo: a@example.jp\n", "r s",
+             f"Resent-From: x@{NAME}"),
+            ("-t", "To: x a@example.jp\nCc: b@example.jp\n", None, ""),
+            ("-t", "Resent-To: r@example.jp\nReceived: x\nResent-To: old@example.jp\n", "r", ""),
+            ("-t", "Resent-From: x@y.jp\nTo: a@example.jp\nResent-To: r@example.jp\n", "r", ""),
+            ("-t", "To: unlisted-recipients:; (no To-header on input)\nBcc: b@example.jp\n", "b", ""),
+            ("-t", "To: a@example.jp,\nCc: b@example.jp (Doe, J), c@example.jp\n", "a b c", ""),
+            ("-t", "To: a@example.jp; b@example.jp\n", "a b", ""), ("-t|c@example.jp", "To: a@example.jp\n", "c a", ""),
+            (to[1:], "no header at all\n", "a", "From: cron@"),
         )  # fmt: skip
-        commands = [("sendmail", "-C", path, *words) for words, *_ in cases]
-        given = [f"X-Case: {i}\n{case[1]}" for i, case in enumerate(cases)]
-        results = self.each(*commands, given=given, LOGNAME="cron")
-        mails = {int(email.message_from_bytes(mail[2])["X-Case"]): mail for mail in peer.mails}
-        for i, ((words, _, names, wanted), result) in enumerate(zip(cases, results)):
-            with self.subTest(words):
+        for words, head, names, wanted in cases:
+            with self.subTest(words, head=head):
+                peer.mails.clear()
+                given = head if head.startswith("no ") else head + text
+                result = run_here("sendmail", "-C", path, *words.split("|"), given=given, LOGNAME="cron")
+                [(mail, rcpt, octets, _)] = peer.mails
                 if names is None:  # a field that is no list is never searched for addresses
-                    self.assertEqual((result[0], [mails[i][1]]), (65, [[f"RCPT TO:<b@example.jp>{fails}"]]), result)
+                    self.assertEqual((result[0], rcpt), (65, [f"RCPT TO:<b@example.jp>{fails}"]), result)
                     continue
                 self.assertEqual(result, (0, "", ""))
-                mail, rcpt, octets = mails[i][:3]
                 notify = " NOTIFY=NEVER" if "never" in words else fails
-                self.assertEqual(rcpt, [f"RCPT TO:<{name}@example.jp>{notify}" for name in names])
+                self.assertEqual(rcpt, [f"RCPT TO:<{name}@example.jp>{notify}" for name in names.split()])
                 self.assertRegex(mail, f"^MAIL FROM:<cron@{NAME}>")
-                self.assertIn(wanted, mail + octets.partition(b"\r\n\r\n")[0].decode())
-                self.assertNotIn(b"bcc:", octets.lower().partition(b"\r\n\r\n")[0].replace(b"cron bcc:", b""))
+                header = octets.partition(b"\r\n\r\n")[0].decode()
+                self.assertIn(wanted, mail + header)
+                self.assertNotIn("bcc:", header.lower().replace("cron bcc:", ""))
+        for name, wanted in (
+            ("alice@corp.example.org", "alice@corp.example.org"), ("CORP\\alice", f"alice@{NAME}"),
+            ("alice smith", f"alice_smith@{NAME}"), ("猫", f"uid{os.getuid()}@{NAME}"), ("..a..b..", f"a.b@{NAME}"),
+        ):  # fmt: skip
+            with self.subTest(name):
+                result = run_here("sendmail", "-C", path, "a@example.jp", given=text, LOGNAME=name)
+                self.assertEqual((*result, peer.mails[-1].sender), (0, "", "", wanted))
 
     def test_sendmail_that_sends_nothing(self) -> None:
-        path = self.settings(queue={"path": "q.db"}, mailertable={"default": {"mailer": "Discard"}})
-        cases = (
+        path = self.settings(queue={"path": "q.db"})
+        no = "haineko: usage: -b{} is not served here; `haineko.py serve` runs the server\n"
+        for words, *wanted in (
             # words, exit code, stdout, stderr
-            (("-bp",), 0, "Mail queue is empty\n", ""),
-            (("-q",), 0, "", ""),
-            (("-q30m",), 0, "", ""),
-            (("-bi",), 0, "", ""),
-            (("-I",), 0, "", ""),
-            (("-bv", "a@example.jp"), 0, "a@example.jp: Discard (mailertable.default)\n", ""),
-            (("-bs",), 64, "", "haineko: usage: -bs is not served here; `haineko.py serve` runs the server\n"),
-            (("-bd",), 64, "", "haineko: usage: -bd is not served here; `haineko.py serve` runs the server\n"),
-            (("-R", "x", "a@example.jp"), 64, "", "haineko: usage: -R x: expected hdrs or full\n"),
-        )
-        results = self.each(*[("sendmail", "-C", path, *words) for words, *_ in cases], given=("x",) * len(cases))
-        for (words, *wanted), result in zip(cases, results):
+            ("-bp", 0, "Mail queue is empty\n", ""),
+            ("-q", 0, "", ""), ("-q30m", 0, "", ""), ("-bi", 0, "", ""), ("-I", 0, "", ""),
+            ("-bv|a@example.jp", 0, "a@example.jp: Discard (mailertable.default)\n", ""),
+            ("-bs", 64, "", no.format("s")), ("-bd", 64, "", no.format("d")),
+            ("-R|x|a@example.jp", 64, "", "haineko: usage: -R x: expected hdrs or full\n"),
+        ):  # fmt: skip
             with self.subTest(words):
-                self.assertEqual(result, tuple(wanted))
-
-    def test_sendmail_has_a_valid_sender(self) -> None:
-        names = {
-            "alice@corp.example.org": "alice@corp.example.org",
-            "CORP\\alice": "alice@h.example",
-            "alice smith": "alice_smith@h.example",
-            "猫": f"uid{os.getuid()}@h.example",
-            "..a..b..": "a.b@h.example",
-        }
-        before = os.environ.get("LOGNAME")
-        self.addCleanup(
-            os.environ.update if before else os.environ.pop, *([{"LOGNAME": before}] if before else ["LOGNAME"])
-        )
-        for name, wanted in names.items():
-            with self.subTest(name):
-                os.environ["LOGNAME"] = name
-                self.assertEqual(haineko.envelope_sender(None, "h.example"), wanted)
-                self.assertTrue(haineko.parse_address(wanted))
+                self.assertEqual(run_here("sendmail", "-C", path, *words.split("|"), given="x"), tuple(wanted))
 
     def test_sendmail_queues(self) -> None:
         peer = self.peer({"RCPT": refuses(l="450 4.2.0 later")})
         path = self.settings(queue={"path": "q.db", "min_free": 0}, mailertable={"default": esmtp(peer)})
-        code, out, err = self.called(
-            "sendmail", "-C", path, "-N", "never", "l@example.jp", "a@example.jp", given="\nx\n"
-        )
-        self.assertEqual((code, out, err), (0, "", ""))
-        self.assertEqual([mail[1] for mail in peer.mails], [["RCPT TO:<a@example.jp>"]])
-        code, out, err = self.called("sendmail", "-C", path, "-bp")
+        words = ("sendmail", "-C", path, "-N", "never", "l@example.jp", "a@example.jp")
+        self.assertEqual(run_here(*words, given="\nx\n"), (0, "", ""))
+        self.assertEqual([mail.rcpt for mail in peer.mails], [["RCPT TO:<a@example.jp>"]])
+        code, out, err = run_here("sendmail", "-C", path, "-bp")
         self.assertEqual((code, err), (0, ""))
         self.assertRegex(out, "l@example.jp[^\0]*450 4.2.0 later")
-        path = self.settings(mailertable={"default": esmtp(peer)})
-        code, out, err = self.called("sendmail", "-C", path, "l@example.jp", "a@example.jp", given="\nx\n")
+        self.settings(mailertable={"default": esmtp(peer)})
+        code, out, err = run_here(*words, given="\nx\n")
         self.assertEqual((code, "<l@example.jp>: 450 RCPT" in err), (69, True), err)  # not 75: a@ would get it twice
 
+    def test_sendmail_and_raw_make_the_same_of_a_finished_message(self):
+        peer = self.peer(None, "8BITMIME")
+        force = {"mailertable": {"default": esmtp(peer)}}
+        text = "From: a@example.org\nTo: b@example.jp, d@example.jp\nBcc: ねこ <c@日本語.jp>\n"
+        text += "Date: Fri, 3 Jan 2014 18:35:58 +0900\nMessage-ID: <a@b>\nSubject: x\nContent-Type: text/html\n\n猫\n"
+        text += "y" * 1200 + "\n"
+        words = ("sendmail", "-C", self.settings(**force), "-t", "-i", "-f", "a@example.org")
+        self.assertEqual(run_here(*words, given=text), (0, "", ""))
+        self.assertEqual(posted({"mail": "a@example.org", "raw": text}, settings(**force))[0], 200)
+        (_, rcpt, one, _), (_, rcpt_too, two, _) = peer.mails
+        self.assertEqual((rcpt, len(rcpt)), (rcpt_too, 3))
+        self.assertIn("RCPT TO:<c@xn--wgv71a119e.jp>", rcpt)
+        self.assertEqual(*[re.sub(rb"\AReceived: .*(?:\r\n[ \t].*)*\r\n", b"", octets) for octets in (one, two)])
+        self.assertNotIn(b"Bcc", one)
+
+    def test_sendmail_without_stdin(self):
+        words = f'exec "{sys.executable}" "{PROGRAM}" sendmail -C "{self.settings()}" -f a@example.org a@example.jp <&-'
+        done = subprocess.run(words, shell=True, env=environment(), stderr=subprocess.PIPE, timeout=20, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
     def test_the_sendmail_program_of_setup(self) -> None:
-        launcher = os.path.join(self.folder, "bin", "sendmail")
         os.chmod(self.folder, 0o755)
-        program = shutil.copy(PROGRAM, self.folder)
+        program, launcher = shutil.copy(PROGRAM, self.folder), os.path.join(self.folder, "bin", "sendmail")
         user = {"user": 65534} if os.getuid() == 0 else {}  # one who can't read the settings
-        python = sys.executable
-        if not can_run(python, **user) and can_run("/usr/bin/python3", **user):
-            python = "/usr/bin/python3"
+        fit = [path for path in (sys.executable, "/usr/bin/python3") if can_run(path, **user)]
+        python, more = (*fit, sys.executable)[0], {"capture_output": True, "timeout": 30}
         words = [python, program, "setup", "--dest", self.folder, "--sendmail", launcher]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=30, check=True)
+        done = subprocess.run(words, text=True, env=environment(), check=True, **more)
         self.assertEqual((done.stdout.splitlines()[-1], done.stderr), (launcher, ""))
         with open(launcher) as stream:
             self.assertEqual(len(stream.readlines()), 3)
         os.symlink(program, os.path.join(self.folder, "sendmail"))
         for path in (launcher, os.path.join(self.folder, "sendmail")):
-            done = subprocess.run([python, path, "-h"], capture_output=True, env=environment(), timeout=30, check=False)
+            done = subprocess.run([python, path, "-h"], env=environment(), check=False, **more)
             self.assertIn(b"usage: haineko.py sendmail", done.stdout)
         peer = self.peer()
-        server = served(self, {"recipients": {"open-relay": 1}, "mailertable": {"default": esmtp(peer)}})
+        server = served(self, {"mailertable": {"default": esmtp(peer)}})
         os.unlink(os.path.join(self.folder, "haineko.json"))
         self.settings(mailertable={"default": esmtp(peer)})
-        for who in ({}, user) if can_run(python, **user) else ({},):
-            done = subprocess.run(
-                [launcher, "-i", "-f", "cron@example.org", *(f"{i}@example.jp" for i in range(6))],
-                input=b"Subject: x\n\nx\n",
-                capture_output=True,
-                env=environment(HAINEKO_URL=server.urls[0]),
-                timeout=30,
-                check=False,
-                **who,
-            )
+        words = [launcher, "-i", "-f", "cron@example.org", *(f"{i}@example.jp" for i in range(6))]
+        env = environment(HAINEKO_URL=server.urls[0])
+        for who in ({}, user) if fit else ({},):
+            done = subprocess.run(words, input=b"Subject: x\n\nx\n", env=env, check=False, **more, **who)
             self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b"", b""))
-            self.assertEqual({mail[0] for mail in peer.mails}, {"MAIL FROM:<cron@example.org>"})
-            self.assertEqual(sum(len(mail[1]) for mail in peer.mails), 6)
+            self.assertEqual({mail.mail for mail in peer.mails}, {"MAIL FROM:<cron@example.org>"})
+            self.assertEqual(sum(len(mail.rcpt) for mail in peer.mails), 6)
             peer.mails.clear()
 
-    def test_a_password_through_a_pipe_logs_in(self) -> None:
-        code, out, err = self.haineko("pw", "-u", 'kiji"tora', given="にゃあ secret\n")
+    def test_a_password_through_a_pipe(self) -> None:
+        code, out, err = run_here("pw", "-u", 'kiji"tora', given="にゃあ secret\n")
         self.assertEqual((code, err), (0, ""))
         [(user, line)] = json.loads("{" + out + "}").items()
         self.assertEqual(user, 'kiji"tora')
         self.assertTrue(haineko.verify_password(line, "にゃあ secret"))
         self.assertFalse(haineko.verify_password(line, "にゃあ secret\n"))
-        server = served(self, {"password": {"kiji": line}})
-        for word, wanted in (("にゃあ secret", 200), ("nyaa", 401)):
-            credentials = base64.b64encode(f"kiji:{word}".encode()).decode()
-            self.assertEqual(server.ask(post(None, f"Authorization: Basic {credentials}"))[0], wanted)
-        self.assertEqual(self.haineko("pw", given="")[0], 1)
+        self.assertEqual(run_here("pw")[0], 1)
 
     def test_check_warns_of_what_careful_postmasters_would_not_run(self) -> None:
         def route(**more) -> dict:
             return {"mailertable": {"default": {"mailer": "ESMTP", "host": "mx.test", "starttls": True, **more}}}
 
-        open_to_all = {"recipients": {"open-relay": 1}}
-        outside, login = {"relayhosts": {"relayhosts": ["192.0.2.0/24"]}}, {"password": {"neko": "{SSHA}" + "A" * 40}}
+        def login(user: str, word: str) -> dict:
+            return {"authinfo": {"a": {"username": user, "password": word}}}
+
+        outside, weak = {"relayhosts": {"relayhosts": ["192.0.2.0/24"]}}, {"password": {"neko": "{SSHA}" + "A" * 40}}
+        proxies, any_address = ["0.0.0.0/0", "::/0", "10.0.0.0/8"], "lets every client say that it has any address"
+        here = ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/x"]
+        empty = ["{}.username: is empty", "{}.password: is empty"]
         cases = (
             (route(), []),
             (route(host="127.0.0.1", starttls=False), []),
             (route(port=465, starttls=False), []),
             (route(starttls=False), ["mailertable.default.starttls: mail goes to mx.test without TLS"]),
             (route(host="smtp.example.org"), ["mailertable.default.host: smtp.example.org is an example"]),
-            (
-                {**route(auth="a"), "authinfo": {"a": {"username": "", "password": ""}}},
-                ["authinfo.a.username: is empty", "authinfo.a.password: is empty"],
-            ),
+            ({**route(auth="a"), **login("", "")}, [line.format("authinfo.a") for line in empty]),
             (outside, ["recipients.open-relay: other machines (relayhosts) may write to everybody without a login"]),
-            ({**outside, **login}, ["password.neko: {SSHA} is quick to guess; `haineko.py pw` prints a better line"]),
-            ({"httpd": {"listen": ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/x"]}}, []),
+            ({**outside, **weak}, ["password.neko: {SSHA} is quick to guess; `haineko.py pw` prints a better line"]),
+            ({"httpd": {"listen": here}}, []),
             ({"httpd": {"listen": "0.0.0.0:1", "trusted_proxies": ["192.0.2.1"]}}, []),
-            (
-                {"httpd": {"trusted_proxies": ["0.0.0.0/0", "::/0", "10.0.0.0/8"]}},
-                [
-                    f"httpd.trusted_proxies: {one} lets every client say that it has any address"
-                    for one in ("0.0.0.0/0", "::/0")
-                ],
-            ),
-            (
-                {**route(auth="a", tls_verify=0), "authinfo": {"a": {"username": "u", "password": "p"}}},
-                ["mailertable.default.tls_verify: whoever is in between can read the secret of authinfo.a"],
-            ),
-            (
-                {"httpd": {"listen": "0.0.0.0:1"}},
-                ["httpd.listen: 0.0.0.0:1 takes mail from other machines without TLS; set tls or trusted_proxies"],
-            ),
-            (
-                {**route(), "recipients": None, "smtpd": {"hostname": "here.test"}},
-                ["recipients: only addresses at here.test may be written to"],
-            ),
+            ({"httpd": {"trusted_proxies": proxies}},
+             [f"httpd.trusted_proxies: {one} {any_address}" for one in proxies[:2]]),
+            ({**route(auth="a", tls_verify=0), **login("u", "p")},
+             ["mailertable.default.tls_verify: whoever is in between can read the secret of authinfo.a"]),
+            ({"httpd": {"listen": "0.0.0.0:1"}},
+             ["httpd.listen: 0.0.0.0:1 takes mail from other machines without TLS; set tls or trusted_proxies"]),
+            ({**route(), "recipients": None, "smtpd": {"hostname": "here.test"}},
+             ["recipients: only addresses at here.test may be written to"]),
             ({"mailertable": {"default": {"mailer": "Discard"}}, "recipients": None}, []),
-        )
+        )  # fmt: skip
         for sections, wanted in cases:
             with self.subTest(sections):
-                whole = {key: value for key, value in {**open_to_all, **sections}.items() if value is not None}
-                path = self.write("warned.json", whole)
-                code, out, err = self.called("check", "-c", path)
+                force = {"recipients": {"open-relay": 1}, **sections}
+                path = self.write("warned.json", {key: value for key, value in force.items() if value is not None})
+                code, out, err = run_here("check", "-c", path)
                 self.assertEqual((code, err.splitlines()), (0, [f"warning: {line}" for line in wanted]), out)
-        example = os.path.join(HERE, "haineko.json.example")
+        code, out, err = run_here("check", "-c", os.path.join(HERE, "haineko.json.example"))
+        self.assertEqual((code, out.count("\n")), (0, 1), out)
+        lines = [line for line in err.splitlines() if "chmod" not in line and "queue.path" not in line]
         wanted = ["mailertable.default.host: smtp.example.org is an example"]
-        wanted += ["authinfo.relay.username: is empty", "authinfo.relay.password: is empty"]
-        lines = [line for line in self.called("check", "-c", example)[2].splitlines() if "chmod" not in line]
-        self.assertEqual([line for line in lines if "queue.path" not in line], [f"warning: {line}" for line in wanted])
+        wanted += [line.format("authinfo.relay") for line in empty]
+        self.assertEqual(lines, [f"warning: {line}" for line in wanted])
 
     def test_check_warns_of_a_queue_in_memory(self) -> None:
         if not (os.path.isdir("/dev/shm") and os.path.exists("/proc/self/mountinfo") and shutil.which("stat")):
@@ -13100,55 +12941,76 @@ class Commands(Folder, Peers):
                 kind = subprocess.run(["stat", "-fc%T", folder], capture_output=True, text=True, check=True).stdout
                 path = self.settings(queue={"path": os.path.join(folder, "q.db")})
                 told = "warning: queue.path: tmpfs is no file system of a disk of this machine\n"
-                self.assertEqual(told in self.called("check", "-c", path)[2], kind == "tmpfs\n")
+                self.assertEqual(told in run_here("check", "-c", path)[2], kind == "tmpfs\n")
 
     def test_setup_writes_what_is_not_there(self) -> None:
         folder = os.path.join(self.folder, "new", "folder")
-        code, out, err = self.haineko("setup", "--dest", folder)
         names = [os.path.join(folder, name) for name in ("haineko.json", "haineko.service", "haineko.socket")]
-        self.assertEqual((code, out.splitlines(), err), (0, names, ""))
+        said = "".join(f"{name}\n" for name in names)
+        self.assertEqual(run_here("setup", "--dest", folder), (0, said, ""))
         self.assertEqual(stat.S_IMODE(os.stat(names[0]).st_mode), 0o600)
-        self.assertEqual(self.called("check", "-c", names[0])[0], 0)
+        self.assertEqual(run_here("check", "-c", names[0])[0], 0)
         with open(names[1], encoding="utf-8") as stream:
             unit = stream.read()
-        self.assertIn(f"\nWorkingDirectory={os.path.dirname(PROGRAM)}\n", unit)
+        self.assertIn(f"\nWorkingDirectory={os.path.realpath(HERE)}\n", unit)
         self.assertIn(f"\nExecStart={sys.executable} -m haineko serve -c {folder}/haineko.json\n", unit)
-        with open(names[0], "w") as stream:
-            stream.write("mine")
+        if shutil.which("systemd-analyze"):
+            analyze = lambda *words: subprocess.check_output(["systemd-analyze", *words], text=True, timeout=60)  # noqa: E731
+            self.assertEqual(analyze("verify", "--man=no", *names[1:]), "")
+            found = analyze("security", "--offline=yes", names[1])
+            self.assertLessEqual(float(re.search(r"exposure level for haineko.service: ([\d.]+)", found)[1]), 1.5)
+        self.write(names[0], "mine")
         os.unlink(names[1])
         os.unlink(names[2])
-        code, out, err = self.haineko("setup", "--dest", folder)
-        self.assertEqual((code, out.splitlines()), (1, names[1:]))
-        self.assertIn("File exists", err)
+        code, out, err = run_here("setup", "--dest", folder)
+        self.assertEqual((code, out.splitlines(), "File exists" in err), (1, names[1:], True), err)
         with open(names[0]) as stream:
             self.assertEqual(stream.read(), "mine")
-        self.assertEqual(self.haineko("setup")[0], 2)
 
     def test_dkim_prints_a_line_of_a_zone_file(self) -> None:
-        keys = {**dkim_keys("Example.ORG"), **dkim_keys("例え.jp", key=TEST_RSA_KEY, selector="s2")}
-        path = self.settings(dkim=keys)
+        path = self.settings(dkim={**dkim_keys("Example.ORG"), **dkim_keys("例え.jp", key=TEST_RSA_KEY, selector="s2")})
         for domain, name, octets in (("example.org", "s1._domainkey.example.org.", 32),
                                      ("例え.jp", "s2._domainkey.xn--r8jz45g.jp.", 294)):  # fmt: skip
-            code, out, err = self.called("dkim", domain, "-c", path)
+            code, out, err = run_here("dkim", domain, "-c", path)
             self.assertEqual((code, err), (0, ""))
             found = re.fullmatch(rf'{name} IN TXT ("[^"]*"(?: "[^"]*")*)\n', out)
             strings = re.findall('"([^"]*)"', found[1])
             self.assertTrue(all(len(text) <= 255 for text in strings))
             self.assertEqual(len(base64.b64decode(haineko.parse_tags("".join(strings))["p"])), octets)
-        code, out, err = self.called("dkim", "exmple.org", "-c", path)
+        code, out, err = run_here("dkim", "exmple.org", "-c", path)
         self.assertEqual((code, out), (1, ""))
         self.assertIn('"exmple.org" is not in dkim; did you mean "example.org"?', err)
+
+    def test_settings_that_are_no_file(self):
+        path = os.path.join(self.folder, "haineko.json")
+        for what, make in (
+            ("is not a regular file", lambda: os.mkfifo(path)),  # would be waited for
+            ("is not a regular file", lambda: os.symlink("/dev/zero", path)),  # has no end
+            ("Is a directory", lambda: os.mkdir(path)),
+            ("symbolic links", lambda: os.symlink(path, path)),
+        ):
+            make()
+            with self.subTest(what):
+                self.assertIn(what, run_here("check", "-c", path)[1])
+            (os.rmdir if os.path.isdir(path) else os.unlink)(path)
+
+    def test_a_listening_socket_takes_no_file_s_place(self):
+        path, place = self.write("precious", "neko"), os.path.join(self.folder, "left-over")
+        self.assertRaises(OSError, haineko.bind, f"unix:{path}")
+        with open(path) as stream:
+            self.assertEqual(stream.read(), "neko")
+        with socket.socket(socket.AF_UNIX) as old:
+            old.bind(place)
+        haineko.bind(f"unix:{place}").close()
 
 
 class CheckConnect(WithCertificates):
     def check(self, mailertable: dict, *flags: str, resolver: str = "127.0.0.1:1", **sections) -> tuple:
         """(exit code, lines) of `check` with these routes."""
-        path = os.path.join(self.folder, "haineko.json")
-        smtpd = {"hostname": "relay.example.org", "resolver": resolver}
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-            json.dump({"smtpd": smtpd, "mailertable": mailertable, **sections}, stream)
+        force = {"smtpd": {"hostname": NAME, "resolver": resolver}, "mailertable": mailertable, **sections}
+        path = Folder.write(self, "haineko.json", force)
         code, out, err = run_here("check", "-c", path, *flags)
-        self.assertEqual(without_warnings(err), "")
+        self.assertNotRegex(err, "(?m)^(?!warning: ).")
         return code, out.splitlines()[1:]
 
     def assert_lines(self, lines: list, *wanted: str) -> None:
@@ -13158,143 +13020,95 @@ class CheckConnect(WithCertificates):
             self.assertRegex(line, words)
 
     def test_esmtp(self):
-        host = self.enter(SmtpPeer(None, ("STARTTLS",), self.tls, hosts=("127.0.0.1",)))
-        route = {"mailer": "ESMTP", "host": "localhost", "port": host.port, "timeout": 2}
-        strict = {**route, "starttls": 1, "ca_file": self.ca}
-        code, lines = self.check({"default": strict}, "--connect")
-        self.assertEqual(code, 0, lines)
-        self.assert_lines(
-            lines,
-            "^mailertable.default: DNS: localhost is .*127.0.0.1",
-            "TCP: connected to 127.0.0.1:",
-            "EHLO: ",
-            r"TLS: TLSv1\.[23], certificate of commonName=mx.sts.example, until Jan  1 .* 2120 ",
-        )
-        code, lines = self.check({"default": {**strict, "ca_file": ""}}, "--connect")
-        self.assertEqual(code, 1)
-        self.assert_lines(lines, "DNS: ", "TCP: ", "EHLO: ", "TLS: FAILED: .*421 TLS handshake failed: .*certificate")
-        code, lines = self.check({"default": route}, "--connect")
-        self.assertEqual(code, 0)
-        self.assert_lines(lines, "DNS: ", "TCP: ", "EHLO: STARTTLS", "TLS: none, though it is offered")
-        self.assertEqual(host.mails, [])
-
-    def test_esmtp_that_fails(self):
-        host = self.enter(SmtpPeer(hosts=("127.0.0.1",)))
-        closed = socket.create_server(("127.0.0.1", 0))
-        nobody = closed.getsockname()[1]
-        closed.close()
+        host = self.enter(SmtpPeer(None, ("STARTTLS",), self.tls))
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            nobody = closed.getsockname()[1]
         login = {"authinfo": {"relay": {"username": "neko", "password": "nyan"}}}
-        route = {"host": "127.0.0.1", "port": host.port, "timeout": 2}
-        offer = {"EHLO": "250-mx\n250 AUTH PLAIN"}
-        cases = [
-            (
-                "nobody listens",
-                {"port": nobody},
-                {},
-                "TCP: FAILED: .*421 Cannot connect SMTP Server: Connection refused",
-            ),
-            ("a name that is none", {"host": "nowhere.invalid"}, {}, "DNS: FAILED: nowhere.invalid: "),
-            ("a greeting of 5xx", {}, {"CONN": "554 5.7.1 go away"}, "TCP: FAILED: .*554 5.7.1 go away"),
-            ("EHLO refused", {}, {"EHLO": "550 no", "HELO": "550 no"}, "EHLO: FAILED: .*550 no"),
-            ("no STARTTLS", {"starttls": 1}, {}, "TLS: FAILED: .*454 STARTTLS is required"),
-            ("AUTH refused", {"auth": "relay"}, {**offer, "AUTH": "535 5.7.8 who?"}, "AUTH: FAILED: .*535 5.7.8 who"),
-            ("AUTH not offered", {"auth": "relay"}, {}, "AUTH: FAILED: .*454 AUTH is required"),
-            ("logged in", {"auth": "relay"}, {**offer, "AUTH": "235 2.7.0 fine"}, "AUTH: logged in as neko"),
-        ]
-        for what, changes, manner, words in cases:
-            with self.subTest(what):
-                host.says_at = {"127.0.0.1": manner}
-                code, lines = self.check({"default": {**route, **changes}}, "--connect", **login)
-                self.assertEqual(
-                    (code, len([line for line in lines if "FAILED" in line])), (int("FAILED" in words),) * 2
-                )
-                self.assertRegex(lines[-1], words)
+        strict, auth = {"host": "localhost", "starttls": 1, "ca_file": self.ca}, {"auth": "relay"}
+        plain, offer = {"EHLO": "250 mx"}, {"EHLO": "250-mx\n250 AUTH PLAIN"}
+        fine = ("^mailertable.default: DNS: localhost is .*127.0.0.1", "TCP: connected to 127.0.0.1:", "EHLO: ")
+        cases = (
+            # changes of the route, what the host says, the last lines
+            (strict, {}, *fine, r"TLS: TLSv1\.[23], certificate of commonName=mx.sts.example, until Jan  1 .* 2120 "),
+            ({**strict, "ca_file": ""}, {}, *fine, "TLS: FAILED: .*421 TLS handshake failed: .*certificate"),
+            ({"host": "localhost"}, {}, *fine[:2], "EHLO: STARTTLS", "TLS: none, though it is offered"),
+            ({"port": nobody}, {}, "TCP: FAILED: .*421 Cannot connect SMTP Server: Connection refused"),
+            ({"host": "nowhere.invalid"}, {}, "DNS: FAILED: nowhere.invalid: "),
+            ({}, {"CONN": "554 5.7.1 go away"}, "TCP: FAILED: .*554 5.7.1 go away"),
+            ({}, {"EHLO": "550 no", "HELO": "550 no"}, "EHLO: FAILED: .*550 no"),
+            ({"starttls": 1}, plain, "TLS: FAILED: .*454 STARTTLS is required"),
+            (auth, {**offer, "AUTH": "535 5.7.8 who?"}, "AUTH: FAILED: .*535 5.7.8 who"),
+            (auth, plain, "AUTH: FAILED: .*454 AUTH is required"),
+            (auth, {**offer, "AUTH": "235 2.7.0 fine"}, "AUTH: logged in as neko"),
+        )
+        for changes, manners, *wanted in cases:
+            with self.subTest(changes, manners=manners):
+                host.says_at = {"127.0.0.1": manners}
+                route = {"host": "127.0.0.1", "port": host.port, "timeout": 2, **changes}
+                code, lines = self.check({"default": route}, "--connect", **login)
+                failed = int("FAILED" in wanted[-1])
+                self.assertEqual((code, len([line for line in lines if "FAILED" in line])), (failed, failed), lines)
+                self.assert_lines(lines if len(wanted) > 1 else lines[-1:], *wanted)
                 self.assertNotIn("nyan", "\n".join(lines))
+        self.assertEqual(host.mails, [])
 
     def test_mx(self):
         host = self.enter(SmtpPeer(None, ("STARTTLS",), self.tls, hosts=("127.0.0.2", "127.0.0.3")))
-        zone = {
-            "neko.example": {haineko.MX: [(10, "mx4.example"), (20, "mx2.example")]},
-            "mx2.example": {haineko.A: ["127.0.0.2"]},
-            "mx4.example": {haineko.A: ["127.0.0.4"]},
-            "sts.example": {haineko.MX: [(10, "mx.sts.example")]},
-            "mx.sts.example": {haineko.A: ["127.0.0.2"]},
-            "null.example": {haineko.MX: [(0, "")]},
-        }
+        mx = {"neko": [(10, "mx4.example"), (20, "mx2.example")], "sts": [(10, "mx.sts.example")], "null": [(0, "")]}
+        zone = {f"{name}.example": {haineko.MX: hosts} for name, hosts in mx.items()}
+        for name, address in (("mx2", "127.0.0.2"), ("mx4", "127.0.0.4"), ("mx.sts", "127.0.0.2")):
+            zone[f"{name}.example"] = {haineko.A: [address]}
         dns = self.enter(NameServer(zone))
         route = {"mailer": "MX", "port": host.port, "private": 1, "timeout": 2, "ca_file": self.ca}
         table = dict.fromkeys(("neko.example", "sts.example", "null.example", "default"), route)
         code, lines = self.check(table, "--connect", resolver=dns.place)
         self.assertEqual(code, 1)
+        reached = ("TCP: connected to 127.0.0.2", "EHLO: ", "TLS: TLSv1.[23], certificate not verified")
         self.assert_lines(
             lines,
             "^mailertable.neko.example: DNS: neko.example takes mail at mx4.example, mx2.example",
             "TCP: FAILED: 127.0.0.4:.*Connection refused",
-            "TCP: connected to 127.0.0.2",
-            "EHLO: ",
-            "TLS: TLSv1.[23], certificate not verified",
+            *reached,
             "^mailertable.sts.example: DNS: ",
-            "TCP: connected",
-            "EHLO: ",
-            "TLS: TLSv1.[23], certificate not verified",
+            *reached,
             "^mailertable.null.example: CONN: FAILED: 556 Domain takes no mail",
             "^mailertable.default: DNS: name servers answer",
         )
-        code, lines = self.check({"default": route}, "--connect", resolver="127.0.0.1:1")
+        code, lines = self.check({"default": route}, "--connect")
         self.assertEqual(code, 1)
         self.assert_lines(lines, "^mailertable.default: DNS: FAILED: 127.0.0.1: ")
 
-    def test_relays_that_connect_to_nothing(self):
+    def test_relays_that_connect_to_nothing_and_nothing_is_tried_unasked(self):
         code, lines = self.check({"default": {"mailer": "Screen"}, "a.example": {"mailer": self.folder}}, "--connect")
         self.assertEqual(code, 0)
         self.assert_lines(lines, "^mailertable.default: NONE: nothing", f"^mailertable.a.example: FILE: {self.folder}$")
-
-    def test_nothing_is_tried_unasked(self):
         self.assertEqual(self.check({"default": {"mailer": "MX"}}), (0, []))
 
     def test_records_of_a_sender(self):
-        key = base64.b64encode(
-            b"0\x5c0\x0d..\x03\x4b\x00\x30\x48\x02\x41\x00" + b"\xaa" * 64 + b"\x02\x03\x01\x00\x01"
-        ).decode()
-        dns = self.enter(
-            NameServer(
-                {
-                    "good.example": {haineko.TXT: ["other", "v=spf1 mx include:spf.good.example -all"]},
-                    "spf.good.example": {haineko.TXT: ["v=spf1 ip4:192.0.2.0/24 ~all"]},
-                    "_dmarc.good.example": {haineko.TXT: ["v=DMARC1; p=reject"]},
-                    "s1._domainkey.good.example": {haineko.TXT: ["v=DKIM1; k=ed25519; p=" + "A" * 43 + "="]},
-                    "s1._domainkey.bad.example": {haineko.TXT: [f"p={key}"]},
-                    "bad.example": {haineko.TXT: ["nothing"]},
-                    "fails.example": lambda q, _: [q.answer(code=2)],
-                }
-            )
-        )
-        fine = (
-            "good.example: SPF: v=spf1 mx include",
-            "good.example: DKIM: s1._domainkey.good.example: ed25519",
-            "good.example: DMARC: _dmarc.good.example: v=DMARC1; p=reject",
-        )
-        for sender, flags, code, wanted in (
-            ("a@good.example", ("--selector", "s1"), 0, fine),
-            ("a@good.example", (), 0, (fine[0], "DKIM: not looked at; --selector", fine[2])),
-            (
-                "a@sub.good.example",
-                (),
-                1,
-                ("SPF: FAILED: .*no SPF", "DKIM: not", fine[2].replace("good.example: DMARC", "DMARC")),
-            ),
-            (
-                "a@bad.example",
-                ("--selector", "s1"),
-                1,
-                ("SPF: FAILED: .*no SPF record", "DKIM: FAILED: .*RSA key of", "DMARC: FAILED: .*no DMARC record"),
-            ),
-            ("a@fails.example", (), 1, ("SPF: FAILED: DNS gives no answer", "DKIM: not", "DMARC: FAILED: .*no DMARC")),
+        rsa = b"0\x5c0\x0d..\x03\x4b\x00\x30\x48\x02\x41\x00" + b"\xaa" * 64 + b"\x02\x03\x01\x00\x01"
+        texts = {
+            "good.example": ["other", "v=spf1 mx include:spf.good.example -all"],
+            "spf.good.example": ["v=spf1 ip4:192.0.2.0/24 ~all"],
+            "_dmarc.good.example": ["v=DMARC1; p=reject"],
+            "s1._domainkey.good.example": ["v=DKIM1; k=ed25519; p=" + "A" * 43 + "="],
+            "s1._domainkey.bad.example": [f"p={base64.b64encode(rsa).decode()}"],
+            "bad.example": ["nothing"],
+        }
+        zone = {name: {haineko.TXT: values} for name, values in texts.items()}
+        dns = self.enter(NameServer({**zone, "fails.example": lambda q, _: [q.answer(code=2)]}))
+        key, spf = ("--selector", "s1"), "good.example: SPF: v=spf1 mx include"
+        dmarc, no_dmarc = "_dmarc.good.example: v=DMARC1; p=reject", "DMARC: FAILED: .*no DMARC record"
+        no_spf = "SPF: FAILED: .*no SPF record"
+        for sender, flags, code, *wanted in (
+            ("good", key, 0, spf, "good.example: DKIM: s1._domainkey.good.example: ed25519", f"^good.*DMARC: {dmarc}"),
+            ("good", (), 0, spf, "DKIM: not looked at; --selector", f"good.example: DMARC: {dmarc}"),
+            ("sub.good", (), 1, no_spf, "DKIM: not", f"DMARC: {dmarc}"),
+            ("bad", key, 1, no_spf, "DKIM: FAILED: .*RSA key of", no_dmarc),
+            ("fails", (), 1, "SPF: FAILED: DNS gives no answer", "DKIM: not", no_dmarc),
         ):
             with self.subTest(sender, flags=flags):
-                found, lines = self.check(
-                    {"default": {"mailer": "Discard"}}, "--sender", sender, *flags, resolver=dns.place
-                )
+                words = ("--sender", f"a@{sender}.example", *flags)
+                found, lines = self.check({"default": {"mailer": "Discard"}}, *words, resolver=dns.place)
                 self.assertEqual(found, code, lines)
                 self.assert_lines(lines, *wanted)
 
@@ -13310,12 +13124,12 @@ class CheckConnect(WithCertificates):
             "s._domainkey.b.example": {haineko.TXT: [f"v={esc}; p=A"]},
         }))  # fmt: skip
         host = self.enter(SmtpPeer(tls=self.tls))
+        route = {"host": "127.0.0.1", "port": host.port, "timeout": 2}
         for manners in ({"EHLO": "250-mx\x1b[2J\r\n250 SIZE \x1b[2J"}, {"EHLO": "550 \x1b[2J no"}):
             host.says_at = {"127.0.0.1": manners}
             for sender in ("a@a.example", "a@b.example", "a@c.example"):
                 with self.subTest(sender, manners=manners):
                     flags = ("--connect", "--sender", sender, "--selector", "s")
-                    route = {"host": "127.0.0.1", "port": host.port, "timeout": 2}
                     _, lines = self.check({"default": route}, *flags, resolver=dns.place)
                     self.assertGreater(len(lines), 3)
                     self.assertTrue(all(line.isprintable() for line in lines), lines)
@@ -13323,10 +13137,9 @@ class CheckConnect(WithCertificates):
     def test_what_the_readme_shows(self):
         shown = re.findall(r"(?s)```console connect\n\$ python3 haineko.py check (.*?)\n.*?\n(.*?)```", README)
         (flags, wanted), zone = shown[0], {haineko.TXT: ["v=spf1 include:spf.example.net -all"]}
-        host = self.enter(SmtpPeer(None, ("STARTTLS",), self.tls, hosts=("127.0.0.1",)))
-        offers = ("PIPELINING", "SIZE 35882577", "STARTTLS")
-        words = "".join(f"250-{word}\r\n" for word in ("mx", *offers)) + "250 AUTH PLAIN LOGIN"
-        host.says_at = {"127.0.0.1": {"EHLO": words, "AUTH": "235 2.7.0 fine"}}
+        host = self.enter(SmtpPeer(None, ("STARTTLS",), self.tls))
+        ehlo = "\n".join(f"250-{word}" for word in ("mx", "PIPELINING", "SIZE 35882577", "STARTTLS"))
+        host.says_at = {"127.0.0.1": {"EHLO": f"{ehlo}\n250 AUTH PLAIN LOGIN", "AUTH": "235 2.7.0 fine"}}
         inner = {haineko.TXT: ["v=spf1 ip4:192.0.2.0/24 -all"]}
         dns = self.enter(NameServer({"example.org": zone, "spf.example.net": inner}))
         route = {"host": "localhost", "port": host.port, "starttls": 1, "ca_file": self.ca, "auth": "provider"}
@@ -13340,85 +13153,57 @@ class CheckConnect(WithCertificates):
 
         self.assertEqual((code, list(map(alike, lines))), (1, list(map(alike, wanted.splitlines()))))
 
-    def test_wrong_usage(self):
-        path = os.path.join(self.folder, "haineko.json")
-        with open(path, "w") as stream:
-            stream.write("{}")
-        for flags in (
-            ("--sender", "nobody"),
-            ("--sender", "a@[127.0.0.1]"),
-            ("--sender", "a@b.example", "--selector", "a b"),
-        ):
-            with self.subTest(flags):
-                self.assertEqual(run_here("check", "-c", path, *flags)[0], 2)
-                self.assertEqual(run_here("check", "-c", path + ".none", *flags)[0], 1)  # no such file
-
 
 class RecordsOfASender(unittest.TestCase):
     """What is read in the records, without a name server."""
 
-    def look(self, step: str, zone: dict, selector: str | None = None, keys: dict | None = None) -> tuple:
-        """(whether all is well, what is told) of a step of the check of a.example, with these TXT records in DNS."""
+    def look(self, step: str, zone: dict, fine: bool, words: str, selector=None, keys=None) -> None:
+        """A step of the check of a.example, with these TXT records in DNS, is fine or not, and tells these words."""
 
         class Zone:
             async def lookup(self, name: str, *_) -> haineko.DNSAnswer:
                 return haineko.DNSAnswer(0, zone.get(name, ()))
 
-        results = haineko.run(haineko.check_sender_domain("a.example", selector, Zone(), keys or {}))
-        return next((ok, text) for name, ok, text in results if name == step)
+        with self.subTest(step, zone=zone, selector=selector):
+            results = haineko.run(haineko.check_sender_domain("a.example", selector, Zone(), keys or {}))
+            [(ok, told)] = [(ok, text) for name, ok, text in results if name == step]
+            self.assertEqual(ok, fine, told)
+            self.assertIn(words, told)
 
     def test_spf(self):
         chain = {f"i{i}.example": (f"v=spf1 include:i{i + 1}.example ~all",) for i in range(20)}
-        cases = [
-            ("v=spf1 -all", "sends no mail at all"),
-            ("v=spf1 a mx -all", ""),
-            ("V=SPF1 ip4:192.0.2.1 ip6:2001:db8::/32 ?all", ""),
-            ("v=spf1 redirect=b.example", ""),
+        for record, words in (
+            # record, what is wrong with it
+            ("v=spf1 -all", "sends no mail at all"), ("v=spf1 a mx -all", ""),
+            ("V=SPF1 ip4:192.0.2.1 ip6:2001:db8::/32 ?all", ""), ("v=spf1 redirect=b.example", ""),
             ("v=spf1 exists:%{i}.x.example include:%{d}.example -all", ""),
-            ("v=spf1 +all", "lets everybody"),
-            ("v=spf1 all", "lets everybody"),
+            ("v=spf1 +all", "lets everybody"), ("v=spf1 all", "lets everybody"),
             ("v=spf1 ip4=192.0.2.1 -all", ""),  # an unknown modifier is no fault, RFC 7208 6
             ("v=spf1 ipv4:192.0.2.1 -all", '"ipv4:192.0.2.1" is no term'),
             ("v=spf1 include:none.example -all", "none.example: no SPF record"),
             ("v=spf1 include:i0.example -all", "more than 10 look-ups"),
             ("v=spf1 " + "a mx " * 6 + "-all", "more than 10 look-ups"),
-            ("v=spf1 include:a.example -all", ""),
-            ("v=spf10 -all", "no SPF record"),
-        ]
-        for record, words in cases:
-            with self.subTest(record):
-                zone = {"a.example": (record,), "b.example": ("v=spf1 mx -all",), **chain}
-                fine, told = self.look("SPF", zone)
-                self.assertEqual(fine, not words, told)
-                self.assertIn(words, told)
-        self.assertIn("more than one", self.look("SPF", {"a.example": ("v=spf1 -all", "v=spf1 mx -all")})[1])
-        self.assertIn(
-            "(2 of 10",
-            self.look("SPF", {"a.example": ("v=spf1 a:b.example/24 mx//64 ip4:192.0.2.1 ~all",)})[1],
-        )
+            ("v=spf1 include:a.example -all", ""), ("v=spf10 -all", "no SPF record"),
+        ):  # fmt: skip
+            self.look("SPF", {"a.example": (record,), "b.example": ("v=spf1 mx -all",), **chain}, not words, words)
+        self.look("SPF", {"a.example": ("v=spf1 -all", "v=spf1 mx -all")}, False, "more than one")
+        self.look("SPF", {"a.example": ("v=spf1 a:b.example/24 mx//64 ip4:192.0.2.1 ~all",)}, True, "(2 of 10")
 
     def test_dkim(self):
         def rsa(octets: int) -> str:
             modulus = b"\x02\x82" + struct.pack(">H", octets + 1) + b"\0" + b"\xaa" * octets + b"\x02\x03\x01\0\x01"
             return base64.b64encode(b"0\x82\0\0" + modulus).decode()
 
-        for texts, words, fine in (
-            ((f"v=DKIM1; k=rsa; p={rsa(256)}",), "RSA, 2048 bits", True),
-            ((f"p={rsa(128)}",), "RSA, 1024 bits", True),
-            ((f"p={rsa(256)[:80]} {rsa(256)[80:]}; t=y",), "under test", True),
-            ((f"p={rsa(64)}",), "RSA key of", False),
-            (("v=DKIM1; p=",), "revoked", False),
-            (("v=DKIM2; p=AAAA",), "not a DKIM key", False),
-            (("v=DKIM1; k=rsa",), "not a DKIM key", False),
-            (("p=***",), "no base64", False),
-            (("k=ed25519; p=AAAA",), "32 octets", False),
-            (("p=AAAA", "p=BBBB"), "more than one", False),
-            ((), "no key", False),
-        ):
-            with self.subTest(texts):
-                found, told = self.look("DKIM", {"s._domainkey.a.example": texts}, "s")
-                self.assertEqual(found, fine, told)
-                self.assertIn(words, told)
+        for texts, fine, words in (
+            ((f"v=DKIM1; k=rsa; p={rsa(256)}",), True, "RSA, 2048 bits"),
+            ((f"p={rsa(128)}",), True, "RSA, 1024 bits"),
+            ((f"p={rsa(256)[:80]} {rsa(256)[80:]}; t=y",), True, "under test"),
+            ((f"p={rsa(64)}",), False, "RSA key of"), (("v=DKIM1; p=",), False, "revoked"),
+            (("v=DKIM2; p=AAAA",), False, "not a DKIM key"), (("v=DKIM1; k=rsa",), False, "not a DKIM key"),
+            (("p=***",), False, "no base64"), (("k=ed25519; p=AAAA",), False, "32 octets"),
+            (("p=AAAA", "p=BBBB"), False, "more than one"), ((), False, "no key"),
+        ):  # fmt: skip
+            self.look("DKIM", {"s._domainkey.a.example": texts}, fine, words, "s")
 
     def test_dkim_key_of_the_settings(self):
         keys = settings(dkim=dkim_keys("example", key=TEST_RSA_KEY)).dkim
@@ -13431,74 +13216,20 @@ class RecordsOfASender(unittest.TestCase):
             (None, (), False, "no key"),
             ("s2", (other,), True, "s2._domainkey.a.example: ed25519"),
         ):
-            with self.subTest(selector, texts=texts):
-                zone = {"s1._domainkey.example": texts, "s2._domainkey.a.example": texts}
-                found, told = self.look("DKIM", zone, selector, keys)
-                self.assertEqual(found, fine, told)
-                self.assertIn(words, told)
+            zone = {"s1._domainkey.example": texts, "s2._domainkey.a.example": texts}
+            self.look("DKIM", zone, fine, words, selector, keys)
 
     def test_dmarc(self):
-        for zone, fine, words in (
-            ({"_dmarc.a.example": ("v=DMARC1; p=none",)}, True, "p=none"),
-            ({"_dmarc.a.example": ("v=DMARC1;p=Quarantine; rua=mailto:a@a.example",)}, True, "Quarantine"),
-            ({"_dmarc.a.example": ("v=DMARC1; p=all",)}, False, "names no policy"),
-            ({"_dmarc.a.example": ("v=DMARC1; rua=x",)}, False, "names no policy"),
-            ({"_dmarc.a.example": ("v=DMARC1; p=none", "v=DMARC1; p=none")}, False, "more than one"),
-            ({"_dmarc.a.example": ("v=DMARC10; p=none",)}, False, "no DMARC record"),
-            ({"_dmarc.example": ("v=DMARC1; p=none",)}, False, "no DMARC record"),
-            ({}, False, "no DMARC record"),
-        ):
-            with self.subTest(zone):
-                found, told = self.look("DMARC", zone)
-                self.assertEqual(found, fine, told)
-                self.assertIn(words, told)
-
-
-class SendmailShares(Folder, Peers):
-    """`sendmail` and `raw` make the same of a finished message."""
-
-    def setUp(self) -> None:
-        Folder.setUp(self)
-        Peers.setUp(self)
-
-    def test_the_same_message(self):
-        peer = self.peer(None, "8BITMIME")
-        force = {
-            "smtpd": {"hostname": NAME},
-            "recipients": {"open-relay": 1},
-            "mailertable": {"default": {"host": peer.host, "port": peer.port, "timeout": 2}},
-        }
-        path = self.write("haineko.json", force)
-        text = "From: a@example.org\nTo: b@example.jp, d@example.jp\nBcc: ねこ <c@日本語.jp>\n"
-        text += (
-            "Date: Fri, 3 Jan 2014 18:35:58 +0900\nMessage-ID: <a@b>\nSubject: x\nContent-Type: text/html\n\n猫\n"
-            + "y" * 1200
-            + "\n"
-        )
-        ended = run_here("sendmail", "-C", path, "-t", "-i", "-f", "a@example.org", given=text)
-        self.assertEqual(ended, (0, "", ""))
-        status, _ = posted({"mail": "a@example.org", "raw": text}, settings(**force))
-        self.assertEqual(status, 200)
-        (_, rcpt, one, _), (_, rcpt_too, two, _) = peer.mails
-        self.assertEqual((rcpt, len(rcpt)), (rcpt_too, 3))
-        self.assertIn("RCPT TO:<c@xn--wgv71a119e.jp>", rcpt)
-        self.assertEqual(*[re.sub(rb"\AReceived: .*(?:\r\n[ \t].*)*\r\n", b"", octets) for octets in (one, two)])
-        self.assertNotIn(b"Bcc", one)
-
-    def test_the_null_sender_and_a_recipient_refused(self):
-        peer = self.peer({"RCPT": "550 5.1.1 who?"})
-        path = self.write(
-            "haineko.json",
-            {
-                "recipients": {"open-relay": 1},
-                "smtpd": {"hostname": NAME},
-                "mailertable": {"default": {"host": peer.host, "port": peer.port, "timeout": 2}},
-            },
-        )
-        code, _, err = run_here("sendmail", "-C", path, "-f", "<>", "c@日本語.jp", given="Subject: x\n\ny\n")
-        self.assertEqual(code, 69)
-        self.assertIn("<c@日本語.jp>: 550 RCPT", err)
-        self.assertIn("MAIL FROM:<>", peer.lines)
+        for name, texts, fine, words in (
+            ("a.example", ["v=DMARC1; p=none"], True, "p=none"), ("a.example", [], False, "no DMARC record"),
+            ("a.example", ["v=DMARC1;p=Quarantine; rua=mailto:a@a.example"], True, "Quarantine"),
+            ("a.example", ["v=DMARC1; p=all"], False, "names no policy"),
+            ("a.example", ["v=DMARC1; rua=x"], False, "names no policy"),
+            ("a.example", ["v=DMARC1; p=none"] * 2, False, "more than one"),
+            ("a.example", ["v=DMARC10; p=none"], False, "no DMARC record"),
+            ("example", ["v=DMARC1; p=none"], False, "no DMARC record"),
+        ):  # fmt: skip
+            self.look("DMARC", {f"_dmarc.{name}": texts}, fine, words)
 
 
 # ======================================================================================================================
@@ -13506,29 +13237,30 @@ class SendmailShares(Folder, Peers):
 # ======================================================================================================================
 
 
-class Attacks(Quiet):
+class Attacks(Peers):
     """What a hostile client, server or machine does, with a bound on what it may cost."""
 
-    def test_patterns_take_time_by_length_only(self):
-        spaces = b" " * 60000
-        head = b"GET / HTTP/1.1\r\n"
-
-        def length_of(value: bytes) -> int:
-            return haineko.body_length(haineko.parse_head(b"POST / HTTP/1.1\r\nContent-Length: " + value))
-
-        for what, function, octets in (
-            ("spaces in a length", length_of, b"1" + spaces + b",1" + spaces + b"x"),
-            ("a length again and again", length_of, b"111111111111111111" + b",111111111111111111" * 3000 + b",1"),
-            ("spaces within a value", haineko.parse_head, head + b"A: x" + spaces + b"y"),
-            ("spaces and a NUL", haineko.parse_head, head + b"A:" + spaces + b"\0"),
+    def test_texts_take_time_by_length_only(self):
+        spaces, length = b" " * 60000, b"POST / HTTP/1.1\r\nContent-Length: "
+        body_length = lambda head: haineko.body_length(haineko.parse_head(head))  # noqa: E731
+        for what, function, given in (
+            ("spaces in a length", body_length, length + b"1" + spaces + b",1" + spaces + b"x"),
+            ("a length again and again", body_length, length + b"1" * 18 + b",111111111111111111" * 3000 + b",1"),
+            ("spaces within a value", haineko.parse_head, b"GET / HTTP/1.1\r\nA: x" + spaces + b"y"),
+            ("spaces and a NUL", haineko.parse_head, b"GET / HTTP/1.1\r\nA:" + spaces + b"\0"),
             ("spaces in a reply", haineko.parse_reply, b"250 " + spaces + b"\rx\n"),
             ("white space in a reply", haineko.parse_reply, b"250" + b"\t" * 60000 + b"x\n"),
         ):
             with self.subTest(what):
                 began = time.process_time()
                 with contextlib.suppress(haineko.Rejected, haineko.ProtocolError):
-                    function(octets)
+                    function(given)
                 self.assertLess(time.process_time() - began, 0.2)
+        for charset in ("UTF-8", "ISO-2022-JP"):
+            began = time.process_time()
+            field = haineko.text_field("Subject", "ﾞ" * 4000, charset)
+            self.assertLess(time.process_time() - began, 0.5, charset)
+            self.assertLess(max(map(len, field.split("\r\n"))), 77)
 
     def test_white_space_around_values(self):
         found = haineko.parse_head(b"GET / HTTP/1.1\r\nA: \t b \t\r\nB:\r\nC:\xa0c\x0b").headers
@@ -13536,114 +13268,74 @@ class Attacks(Quiet):
         for line, wanted in ((b"250 a b \r", "a b "), (b"250\t\r", ""), (b"250", ""), (b"250 \r\r", "")):
             self.assertEqual(haineko.parse_reply(line + b"\n")[0].lines[0], wanted)
         odd = haineko.parse_head(b"POST / HTTP/1.1\r\nContent-Length: 5\xa0")
-        with self.assertRaises(haineko.Rejected):
-            haineko.body_length(odd)
+        self.assertRaises(haineko.Rejected, haineko.body_length, odd)
 
-    def test_a_subject_of_voice_marks(self):
-        for charset in ("UTF-8", "ISO-2022-JP"):
-            began = time.process_time()
-            field = haineko.text_field("Subject", "ﾞ" * 4000, charset)
-            self.assertLess(time.process_time() - began, 0.5, charset)
-            self.assertLess(max(map(len, field.split("\r\n"))), 77)
-
-    def test_chunks_of_one_octet_count_by_their_lines(self):
+    def test_requests_that_are_not_what_they_seem(self):
         body = json.dumps(document()).encode()
-        for lead, status in ((b"", 200), (b";" + b"x" * 600, 413)):
-            chunks = b"".join(b"1%b\r\n%c\r\n" % (lead, octet) for octet in body)
-            octets = b"POST /submit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
-            with self.subTest(status):
-                small = settings(smtpd={"hostname": "relay.example.org", "max_message_size": 2000})
-                self.assertEqual(over_http(octets, small)[0], status)
+        small = settings(smtpd={"hostname": NAME, "max_message_size": 2000})
+        own = {"httpd": {"trusted_proxies": ["127.0.0.1"]}, "relayhosts": {"relayhosts": ["127.0.0.1", "192.0.2.9"]}}
+        behind = settings(**own)
+
+        def chunks(lead: bytes) -> bytes:
+            octets = b"".join(b"1%b\r\n%c\r\n" % (lead, octet) for octet in body) + b"0\r\n\r\n"
+            return b"POST /submit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + octets
+
+        forwarded = (
+            ("192.0.2.9", 200), ("192.0.2.9:4711", 200), ("198.51.100.1:4711", 403), ("[2001:db8::1]:4711", 403),
+            ("127.0.0.1, 198.51.100.1", 403), ("unknown", 400), ("", 400), ("192.0.2.9, nonsense", 400),
+        )  # fmt: skip
+        for octets, force, status in (
+            # chunks of one octet count by their lines
+            (chunks(b""), small, 200),
+            (chunks(b";" + b"x" * 600), small, 413),
+            # a client behind a proxy must not pass for the proxy's own
+            *((post(None, f"X-Forwarded-For: {value}"), behind, status) for value, status in forwarded),
+            # settings are not for a page whose name was rebound; hosts that may see them: Http
+            (get("/conf", host="localhost:2794"), settings(), 200),
+            (get("/conf", host="evil.example:2794"), settings(), 403),
+            (get("/conf", host="127.0.0.1.evil.example"), settings(), 403),
+        ):
+            with self.subTest(octets[:150], status=status):
+                self.assertEqual(over_http(octets, force)[0], status)
 
     def test_what_is_remembered_is_short(self):
-        long = "a" * 500000
-        many = ", ".join(f"a{i}@example.jp" for i in range(2000))
+        long, many = "a" * 500000, ", ".join(f"a{i}@example.jp" for i in range(2000))
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         for i in range(12):
-            for submission in (
-                document(mail=f"{i}{long}"),
-                document(rcpt=[f"{i}{long}"]),
-                document(ehlo=f"[{i}{long}]"),
-                document(header={"charset": f"{i}{long}"}),
-                document(header={"from": f"b{i}@example.jp, {many}"}),
-                document(header={"replyto": f"c{i}@example.jp, {many}"}),
-            ):
-                posted(submission)
+            for changes in (
+                {"mail": f"{i}{long}"}, {"rcpt": [f"{i}{long}"]}, {"ehlo": f"[{i}{long}]"},
+                {"header": {"charset": f"{i}{long}"}}, {"header": {"from": f"b{i}@example.jp, {many}"}},
+                {"header": {"replyto": f"c{i}@example.jp, {many}"}},
+            ):  # fmt: skip
+                posted(document(**changes))
         self.assertLess(tracemalloc.get_traced_memory()[0], 3 << 20)
 
     def test_faults_behind_which_nobody_reads_on(self):
-        many = range(20000)
-        for body in (
-            {"header": {"subject": "x", **{f"odd{i}": 1 for i in many}}},
-            {"header": {"references": ["x" for _ in many]}},
-            {"rcpt": [1 for _ in many]},
-        ):
-            self.assertEqual(len(haineko.parse_submission(json.dumps(body).encode())[1]), haineko.MAX_ERRORS)
-
-    def test_the_client_behind_a_proxy(self):
-        behind = settings(
-            httpd={"trusted_proxies": ["127.0.0.1"]}, relayhosts={"relayhosts": ["127.0.0.1", "192.0.2.9"]}
-        )
-        for forwarded, status in (
-            ("192.0.2.9", 200),
-            ("192.0.2.9:4711", 200),
-            ("198.51.100.1:4711", 403),
-            ("[2001:db8::1]:4711", 403),
-            ("127.0.0.1, 198.51.100.1", 403),
-            ("unknown", 400),  # must not pass for the proxy's own
-            ("", 400),
-            ("192.0.2.9, nonsense", 400),
-        ):
-            with self.subTest(forwarded):
-                octets = http_post(json.dumps(document()).encode(), **{"X-Forwarded-For": forwarded})
-                self.assertEqual(over_http(octets, behind)[0], status)
+        for header in ({"subject": "x", **{f"odd{i}": 1 for i in range(20000)}}, {"references": ["x"] * 20000}):
+            body = json.dumps({"header": header}).encode()
+            self.assertEqual(len(haineko.parse_submission(body)[1]), haineko.MAX_ERRORS)
 
     def test_the_digest_of_a_document_is_that_of_its_values(self):
         text = b'{"mail": "a@example.org", "header": {"subject": "\xe7\x8c\xab", "from": "a@example.org"}, "body": "x"}'
-        same = (
-            b'{"body":"x","header":{"from":"a@example.org","subject":"\\u732b"},\n"mail":"\\u0061@example.org"}',
-            b"\xef\xbb\xbf" + text,
-        )
+        again = b'{"body":"x","header":{"from":"a@example.org","subject":"\\u732b"},\n"mail":"\\u0061@example.org"}'
         others = (text.replace(b'"x"', b'"X"'), text.replace(b'"x"', b'["x"]'), text.replace(b"header", b"headers"))
-        self.assertEqual({haineko.document_digest(octets) for octets in same}, {haineko.document_digest(text)})
-        self.assertEqual(len({haineko.document_digest(octets) for octets in (text, *others)}), 4)
+        same = {haineko.document_digest(octets) for octets in (text, again, b"\xef\xbb\xbf" + text)}
+        self.assertEqual((len(same), len({*same, *map(haineko.document_digest, others)})), (1, 4))
 
     def test_a_key_without_login_is_that_of_its_client(self):
-        force = haineko.replace(settings(), queue=True)  # any
-        found = set()
+        force, found = haineko.replace(settings(), queue=True), set()  # any queue
         for client, login in (("192.0.2.1", ""), ("192.0.2.2", ""), ("192.0.2.1", "neko"), ("192.0.2.2", "neko")):
-            asked = request(b"{}", client, **{"idempotency-key": "k"})
+            asked = request(b"{}", client, idempotency_key="k")
             asked.login, asked.settings = login, force
             found.add(haineko.queue_options(asked, haineko.Submission())[1])
         self.assertEqual(len(found), 3)
 
-    def test_settings_are_not_for_a_page_whose_name_was_rebound(self):
-        for host, status in (
-            ("Host: evil.example:2794\r\n", 403),
-            ("Host: 127.0.0.1.evil.example\r\n", 403),
-            ("Host: localhost:2794\r\n", 200),
-            ("Host: 127.0.0.1:2794\r\n", 200),
-            ("Host: [::1]:2794\r\n", 200),
-            ("Host: relay.example.org\r\n", 200),
-            ("", 400),
-        ):
-            with self.subTest(host):
-                octets = f"GET /conf HTTP/1.1\r\n{host}\r\n".encode()
-                self.assertEqual(over_http(octets, settings())[0], status)
-
     def test_a_long_list_of_recipients_makes_lines_that_a_pipe_takes_whole(self):
         said = haineko.Reply("250", "2.0.0", "DATA", ("ok " * 300,), "ESMTP", "127.0.0.1", 25)
-        for name, domain, counts in (
-            ("x" * 200, "y" * 40, [8, 8, 4]),
-            ("x", "y", [20]),
-            ("x" + "猫" * 78, "y", [8, 8, 4]),
-        ):
-            to = [f"{name}{i}@{domain}.example" for i in range(20)]
-            mail = haineko.Transaction(
-                haineko.Route(), NAME, "Q" * 16, "a@example.org", tuple(to), haineko.Message((b"",))
-            )
-            haineko.log_results(request(b""), [haineko.TransactionResult(mail, [said] * 20, 1.0)])
+        for name, counts in (("x" * 240, [8, 8, 4]), ("x", [20]), ("x" + "猫" * 78, [8, 8, 4])):
+            to = [f"{name}{i}@y.example" for i in range(20)]
+            haineko.log_results(request(b""), [haineko.TransactionResult(job(haineko.Route(), to), [said] * 20, 1.0)])
             lines = self.logged()
             with self.subTest(name[:3]):
                 self.assertEqual([line.count("@") - 1 for line in lines], counts)
@@ -13651,90 +13343,15 @@ class Attacks(Quiet):
                 self.assertEqual(re.findall("<(x[^>]*)>", "".join(lines)), to)
 
     def test_an_address_can_not_forge_a_field_of_the_log(self):
-        route = haineko.Route(mailer="Discard")
-        job = haineko.Transaction(
-            route, NAME, "q", '"a> code=250"@x.jp', ('"b> dsn=2.0.0"@x.jp',), haineko.Message((b"",))
-        )
-        asked = haineko.Request("", "", {}, b"", haineko.parse_ip("127.0.0.1"), None, None, NOW, settings())
-        said = haineko.make_reply("done", word="Discarded", mailer="Discard")
-        haineko.log_results(asked, [haineko.TransactionResult(job, [said], 1.0)])
-        lines = self.logged()
-        self.assertIn(
-            r'from="<\"a> code=250\"@x.jp>" to="<\"b> dsn=2.0.0\"@x.jp>" relay=Discard delay=0.001 dsn=2.0.0 ', lines[0]
-        )
+        posted(document(mail='"a> code=250"@x.jp', rcpt=['"b> dsn=2.0.0"@x.jp']))
+        said = r'from="<\"a> code=250\"@x\.jp>" to="<\"b> dsn=2\.0\.0\"@x\.jp>" relay=Discard delay=[\d.]+ dsn=2\.0\.0 '
+        self.assertRegex(self.logged()[0], said.replace('\\"', r"\\\""))
 
     def test_a_server_that_repeats_our_password(self):
-        plain = base64.b64encode(b"\0neko\0hunter2secret").decode()
-        word = base64.b64encode(b"hunter2secret").decode()
-        route = haineko.Route(credentials=("neko", "hunter2secret"))
-        session = haineko.Session(route, "relay.example.org")
-        session.masked = "********"
-        session._feed(f"500 unknown: {plain} {word} hunter2secret\r\n".encode())
-        self.assertEqual(session._next_reply().lines, ("unknown: ******** ******** ********",))
-
-
-class AttacksOnFiles(Folder):
-    """What stands where a file should be."""
-
-    def test_no_file_there(self):
-        path = os.path.join(self.folder, "haineko.json")
-        for what, make in (
-            ("is not a regular file", lambda: os.mkfifo(path)),  # would be waited for
-            ("is not a regular file", lambda: os.symlink("/dev/zero", path)),  # has no end
-            ("Is a directory", lambda: os.mkdir(path)),
-            ("symbolic links", lambda: os.symlink(path, path)),
-        ):
-            make()
-            with self.subTest(what):
-                self.assertIn(what, haineko.load_settings(path)[1][0])
-            (os.rmdir if os.path.isdir(path) else os.unlink)(path)
-
-    def test_a_listening_socket_takes_no_file_s_place(self):
-        path = self.write("precious", "neko")
-        with self.assertRaises(OSError):
-            haineko.bind(f"unix:{path}")
-        with open(path) as stream:
-            self.assertEqual(stream.read(), "neko")
-        place = os.path.join(self.folder, "left-over")
-        with socket.socket(socket.AF_UNIX) as old:
-            old.bind(place)
-        haineko.bind(f"unix:{place}").close()
-
-    def test_send_to_a_place_that_is_none(self):
-        for url in (
-            "http://127.0.0.1:99999/",
-            "http://[::1",
-            "http://127.0.0.1:9/ねこ",
-            "ftp://127.0.0.1/",
-            "http://a..b/",
-            "neko",
-        ):
-            with self.subTest(url):
-                code, out, err = run_here("send", "--url", url, given=b"{}")
-                self.assertEqual((code, out), (2, ""))
-                self.assertIn("is no URL of a Haineko", err)
-
-    def test_send_by_a_file_and_by_flags_at_once(self):
-        for words in (["mail.json", "--to", "a@b.jp"], ["mail.json", "--subject", "x"], ["--sender", "a@b.jp"]):
-            code, _, err = run_here("send", *words)
-            self.assertEqual((code, "want --to, and no FILE" in err), (2, True), err)
-
-    def test_an_answer_with_what_a_terminal_would_obey(self):
-        item = dict.fromkeys(("rcpt", "error", "code", "dsn", "command", "mailer"), 0)
-        item["message"] = ["\ud800\x9b2J\u202e\x1b", "ねこ🐈"]
-        with HttpPeer(lambda asked: (200, json.dumps({"response": [item]}).encode())) as peer:
-            shown = run_here("send", "--url", peer.url, given=b"{}")[1]
-        self.assertIn(r'"\ud800\u009b2J\u202e\u001b"', shown)
-        self.assertIn('"ねこ🐈"', shown)
-        self.assertTrue(shown.replace("\n", "").isprintable())
-
-    def test_sendmail_without_stdin(self):
-        config = self.write(
-            "c.json", {"recipients": {"open-relay": 1}, "mailertable": {"default": {"mailer": "Discard"}}}
-        )
-        words = f'exec "{sys.executable}" "{PROGRAM}" sendmail -C "{config}" -f neko@example.org a@example.jp <&-'
-        done = subprocess.run(words, shell=True, env=environment(), stderr=subprocess.PIPE, timeout=20, check=False)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        forms = (base64.b64encode(octets).decode() for octets in (b"\0neko\0hunter2secret", b"hunter2secret"))
+        peer = self.peer({"AUTH": f"535 5.7.8 unknown: {' '.join(forms)} hunter2secret"}, "AUTH PLAIN")
+        [reply] = carried(job(peer, auth="x", credentials=("neko", "hunter2secret")))[0]
+        self.assertEqual(reply.message, ("5.7.8 unknown: ******** ******** ********",))
 
 
 class Readme(unittest.TestCase):
@@ -13742,96 +13359,49 @@ class Readme(unittest.TestCase):
 
     URL = "http://127.0.0.1:2794/"  # as README.md has it; replaced by a test's own
     ALL = os.environ.get("HAINEKO_ALL") == "1"  # what takes seconds to start, too
+    PATH = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+    write = classmethod(Folder.write)
 
     @classmethod
     def setUpClass(cls):
-        cls.text = README
-        cls.blocks = re.findall(r"^```(\w+) ?([\w ]*)\n(.*?)^```$", cls.text, re.MULTILINE | re.DOTALL)
+        cls.blocks = re.findall(r"^```(\w+) ?([\w ]*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
         cls.folder = tempfile.mkdtemp(prefix="haineko-readme.")
         cls.addClassCleanup(shutil.rmtree, cls.folder, True)
         for name in ("haineko.py", "haineko.json.example"):
             shutil.copy(os.path.join(HERE, name), cls.folder)
-        for language, mark, name in (("json", "settings", "settings.json"), ("json", "faulty", "faulty.json")):
-            cls.write(name, cls.marked(language, mark)[0])
-        cls.logs = []
-        cls.url = cls.serve()
-        nobody = {"httpd": {"listen": "127.0.0.1:0", "workers": 1}, "recipients": {}}
-        flags = ("-c", cls.write("nobody.json", json.dumps(nobody)))
-        cls.refusing = cls.serve(*flags, program=("-m", "haineko"))  # as in production
+        cls.write("settings.json", cls.marked("json", "settings")[0])
+        cls.write("faulty.json", cls.marked("json", "faulty")[0])
+        cls.server = Server(None, "--listen", "127.0.0.1:0", "--workers", "1")
+        cls.addClassCleanup(cls.server.close)
+        refusing = Server({"recipients": {}})
+        cls.addClassCleanup(refusing.close)
+        cls.url, cls.refusing = cls.server.urls[0], refusing.urls[0]
 
     @classmethod
     def marked(cls, language, mark):
         """The blocks of that language and mark."""
         return [text for word, words, text in cls.blocks if (word, words) == (language, mark)]
 
-    @classmethod
-    def write(cls, name, text):
-        """A file in the folder, readable by its owner only; gives its path."""
-        path = os.path.join(cls.folder, name)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-            stream.write(text)
-        return path
-
-    @classmethod
-    def environment(cls, url=None):
-        path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
-        return environment(PATH=path, no_proxy="*", **({"HAINEKO_URL": url} if url else {}))
-
-    @classmethod
-    def serve(cls, *flags, program=("haineko.py",)):
-        """Starts a server until the class is done; gives its URL."""
-        command = [sys.executable, *program, "serve", *(flags or ("--listen", "127.0.0.1:0", "--workers", "1"))]
-        cls.logs.append(os.path.join(cls.folder, f"log{len(cls.logs)}"))
-        with open(cls.logs[-1], "w+b") as log:
-            server = subprocess.Popen(command, cwd=cls.folder, env=cls.environment(), stderr=log)
-            cls.addClassCleanup(server.wait)
-            cls.addClassCleanup(server.send_signal, signal.SIGTERM)
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
-                log.seek(0)
-                found = re.search(rb"listens at (\S+)", log.read())
-                if found:
-                    return found[1].decode()
-                if server.poll() is not None:
-                    break
-                time.sleep(0.01)
-            raise AssertionError(f"the server did not start: {command}")
-
-    def printed(self):
-        """What the server without settings has printed."""
-        with open(self.logs[0], encoding="utf-8") as stream:
-            return stream.read()
-
     def run_it(self, command, url=None, stdin="", expect=0, **variables):
         """Output of a command, in the folder, with the server's URL in place of README's."""
-        command = [word.replace(self.URL, url or self.url) for word in command]
-        done = subprocess.run(
-            command,
-            input=stdin.encode(),
-            cwd=self.folder,
-            env={**self.environment((url or self.url) + "submit"), **variables},
-            check=False,
-            capture_output=True,
-            timeout=120,
-        )
-        output = done.stdout.decode() + done.stderr.decode()
-        self.assertEqual(done.returncode, expect, f"{command}\n{output}")
-        return done.stdout.decode() + (done.stderr.decode() if expect else "")
+        url = url or self.url
+        command = [word.replace(self.URL, url) for word in command]
+        env = {**environment(PATH=self.PATH, no_proxy="*", HAINEKO_URL=f"{url}submit"), **variables}
+        more = {"input": stdin, "cwd": self.folder, "env": env, "capture_output": True, "text": True, "timeout": 120}
+        done = subprocess.run(command, check=False, **more)
+        self.assertEqual(done.returncode, expect, f"{command}\n{done.stdout}{done.stderr}")
+        return done.stdout + (done.stderr if expect else "")
 
     def test_every_block_is_tested(self):
-        known = {
-            *[("sh", mark) for mark in ("first", "curl", "smarthost", "client", "root", "queue", "")],
-            *[("json", mark) for mark in ("answer", "faulty", "settings", "submission", "event")],
-            *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
-            ("yaml", ""),
-            ("dockerfile", ""),
-            ("console", ""),
-            ("console", "connect"),
-            ("nginx", ""),
-            ("nginx", "two"),
-        }
+        marks = {
+            "sh": "first curl smarthost client root queue", "json": "answer faulty settings submission event",
+            "console": "connect", "nginx": "two", "html": "client",
+        }  # fmt: skip
+        known = {(language, mark) for language, words in marks.items() for mark in words.split()}
+        known |= {(name, "") for name in ("sh", "yaml", "dockerfile", "console", "nginx")}
+        known |= {(language, "client") for language, *_ in self.CLIENTS}
         self.assertEqual({(language, mark) for language, mark, _ in self.blocks}, known)
-        self.assertEqual(len(self.blocks) * 2, len(re.findall(r"^```", self.text, re.MULTILINE)))
+        self.assertEqual(len(self.blocks) * 2, len(re.findall(r"^```", README, re.MULTILINE)))
 
     def test_the_first_minute(self):
         (first,), (curl,), (shown,) = (self.marked(*at) for at in (("sh", "first"), ("sh", "curl"), ("json", "answer")))
@@ -13842,7 +13412,7 @@ class Readme(unittest.TestCase):
         self.assertEqual(list(told), list(meant))
         for key in ("addresser", "recipient", "response", "remoteaddr", "referer"):
             self.assertEqual(told[key], meant[key])
-        self.assertIn("Subject: Nyaaaa", self.printed())
+        self.assertIn("Subject: Nyaaaa", self.server.log())
 
     def test_the_smart_host(self):
         (commands,) = self.marked("sh", "smarthost")
@@ -13850,27 +13420,26 @@ class Readme(unittest.TestCase):
         edits = " ".join(f'-e \'s/"{key}": "{old}"/"{key}": "{new}"/\'' for key, old, new in lines)
         editor = self.write("editor", f'#!/bin/sh\nsed {edits} "$1" >"$1.new" && cat "$1.new" >"$1"\n')
         os.chmod(editor, 0o700)
-        self.addCleanup(lambda: os.unlink(os.path.join(self.folder, "haineko.json")))
+        path = os.path.join(self.folder, "haineko.json")
+        self.addCleanup(os.unlink, path)
         output = self.run_it(["sh", "-euc", commands], EDITOR=editor)
         self.assertIn("fine; mail goes to ESMTP smtp.example.net:587, STARTTLS, AUTH as relay", output)
-        settings, faults = haineko.load_settings(os.path.join(self.folder, "haineko.json"))
+        settings, faults = haineko.load_settings(path)
         self.assertEqual((faults, settings.mailertable["default"].credentials), ([], ("me", "nyan")))
-        self.assertEqual(os.stat(os.path.join(self.folder, "haineko.json")).st_mode & 0o777, 0o600)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
 
-    def test_shell_commands(self):
+    def test_commands_and_what_they_print(self):
         for commands in self.marked("sh", ""):
             with self.subTest(commands):
                 self.run_it(["sh", "-euc", commands])
         for commands in self.marked("sh", "root"):  # not on this machine, but each must be a command
             self.run_it(["sh", "-n"], stdin=commands)
-
-    def test_what_commands_print(self):
         for session in self.marked("console", ""):
             command, _, wanted = session[2:].partition("\n")
             with self.subTest(command):
                 self.assertEqual(self.run_it(["sh", "-c", f"{command} || true"]), wanted)
 
-    def test_settings(self):
+    def test_settings_and_submissions(self):
         for i, text in enumerate(self.marked("json", "settings")):
             with self.subTest(text):
                 for name in re.findall(r'"env": "(\w+)"', text):
@@ -13879,23 +13448,16 @@ class Readme(unittest.TestCase):
                 self.assertEqual(haineko.load_settings(self.write(f"settings{i}.json", text))[1], [])
         for text in self.marked("json", "faulty"):
             self.assertNotEqual(haineko.load_settings(self.write("faulty.json", text))[1], [])
-
-    def test_submissions(self):
         for text in self.marked("json", "submission"):
-            request = urllib.request.Request(self.url + "submit", text.encode())
-            with urllib.request.urlopen(request, timeout=10) as response:
-                self.assertEqual((response.status, json.load(response)["response"][0]["error"]), (200, 0))
+            status, _, found = self.server.ask(post(text.encode()))
+            self.assertEqual((status, found["response"][0]["error"]), (200, 0))
 
     CLIENTS = (  # (language, file, command, whether it is slow to start)
-        ("sh", "client.sh", ["sh", "-eu"], False),
-        ("python", "client.py", ["python3"], False),
-        ("javascript", "client.mjs", ["node"], False),
-        ("php", "client.php", ["php"], False),
-        ("ruby", "client.rb", ["ruby"], False),
-        ("perl", "client.pl", ["perl"], False),
-        ("go", "client.go", ["go", "run"], True),
-        ("java", "Mail.java", ["java"], True),
-    )
+        ("sh", "client.sh", ["sh", "-eu"], False), ("python", "client.py", ["python3"], False),
+        ("javascript", "client.mjs", ["node"], False), ("php", "client.php", ["php"], False),
+        ("ruby", "client.rb", ["ruby"], False), ("perl", "client.pl", ["perl"], False),
+        ("go", "client.go", ["go", "run"], True), ("java", "Mail.java", ["java"], True),
+    )  # fmt: skip
 
     def test_clients(self):
         for language, name, command, slow in self.CLIENTS:
@@ -13903,7 +13465,7 @@ class Readme(unittest.TestCase):
                 if slow and not self.ALL:
                     self.skipTest("slow to start; HAINEKO_ALL=1 runs it")
                 tools = [command[0], "curl"] if language == "sh" else command[:1]
-                missing = [tool for tool in tools if not shutil.which(tool, path=self.environment()["PATH"])]
+                missing = [tool for tool in tools if not shutil.which(tool, path=self.PATH)]
                 if missing:
                     self.skipTest(f"no {missing[0]} on this machine")
                 (text,) = self.marked(language, "client")
@@ -13912,7 +13474,7 @@ class Readme(unittest.TestCase):
                 accepted = self.run_it(program)
                 self.assertIn("mikeneko@example.jp", accepted)
                 self.assertIn("200", accepted)
-                self.assertIn(f"Subject: {subject}\n", self.printed())
+                self.assertIn(f"Subject: {subject}\n", self.server.log())
                 refused = self.run_it(program, self.refusing, expect=1)
                 self.assertIn("553", refused)
                 self.assertIn("Recipient address is not permitted", refused)
@@ -13924,11 +13486,12 @@ class Readme(unittest.TestCase):
         (page,) = self.marked("html", "client")
         folder = os.path.join(self.folder, "pages")
         os.mkdir(folder)
-        port = self.web_server(folder)
-        origin = f"http://127.0.0.1:{port}"
-        settings = {"httpd": {"listen": "127.0.0.1:0", "workers": 1, "allowed_origins": [origin]}}
-        settings.update(recipients={"open-relay": True}, mailertable={"default": {"mailer": "Discard"}})
-        welcome = self.serve("-c", self.write("web.json", json.dumps(settings)), "--workers", "1")
+        command = [sys.executable, "-um", "http.server", "--bind", "127.0.0.1", "--directory", folder, "0"]
+        web = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for cleanup in (web.stdout.close, web.wait, web.terminate):
+            self.addCleanup(cleanup)
+        origin = "http://127.0.0.1:" + re.search(r"port (\d+)", web.stdout.readline().decode())[1]
+        welcome = served(self, {"httpd": {"allowed_origins": [origin]}}).urls[0]
         for url, wanted in ((welcome, "Sent."), (self.url, "No connection.")):  # the latter allows no origin
             with self.subTest(wanted):
                 submit = "<script>document.forms[0].requestSubmit()</script>\n"
@@ -13937,118 +13500,70 @@ class Readme(unittest.TestCase):
                 flags += ["--virtual-time-budget=5000", "--dump-dom"]
                 self.assertIn(f"<output>{wanted}</output>", self.run_it([browser, *flags, f"{origin}/page.html"]))
 
-    def web_server(self, folder):
-        """The port of a web server for the folder, until the test is done."""
-        command = [sys.executable, "-um", "http.server", "--bind", "127.0.0.1", "--directory", folder, "0"]
-        web = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.addCleanup(web.stdout.close)
-        self.addCleanup(web.wait)
-        self.addCleanup(web.terminate)
-        return int(re.search(rb"port (\d+)", web.stdout.readline())[1])
-
     def test_nginx(self):
-        if not (shutil.which("nginx") and shutil.which("openssl")):
-            self.skipTest("no nginx or openssl on this machine")
-        certificate, key = (os.path.join(self.folder, name) for name in ("tls.pem", "tls.key"))
-        new = [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "2",
-        ]
-        self.run_it([*new, "-subj", "/CN=mail.example.org", "-keyout", key, "-out", certificate])
+        if not shutil.which("nginx"):
+            self.skipTest("no nginx on this machine")
+        pem = certificate()
         for shown in [text for language, _, text in self.blocks if language == "nginx"]:
             block = shown.replace("listen 443", f"listen unix:{self.folder}/nginx.sock")  # -t binds it for a moment
-            for word, path in (("ssl_certificate", certificate), ("ssl_certificate_key", key)):
-                block = re.sub(rf"({word} +)[^;]+", rf"\1{path}", block)
+            block = re.sub(r"(ssl_certificate(?:_key)? +)[^;]+", rf"\1{pem}", block)
             place = f"access_log off; client_body_temp_path {self.folder}/body; proxy_temp_path {self.folder}/proxy;"
             place += "".join(f"{name}_temp_path {self.folder}/{name};" for name in ("fastcgi", "uwsgi", "scgi"))
             path = self.write("nginx.conf", f"pid {self.folder}/pid; events {{}} http {{ {place}\n{block} }}")
             self.run_it(["nginx", "-t", "-q", "-e", "stderr", "-p", self.folder, "-c", path])
 
     def test_rules_of_alerts(self):
-        if not shutil.which("promtool"):
-            self.skipTest("no promtool on this machine")
-        (rules,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", self.text)
-        path = os.path.join(self.folder, "rules.yml")
-        with open(path, "w") as stream:
-            stream.write(rules)
-        self.assertIn("SUCCESS: 5 rules found", self.run_it(["promtool", "check", "rules", path]))
+        (rules,) = self.marked("yaml", "")
         for name in re.findall(r"haineko_\w+", rules):
             self.assertIn(name, haineko.METRICS)
+        if not shutil.which("promtool"):
+            self.skipTest("no promtool on this machine")
+        found = self.run_it(["promtool", "check", "rules", self.write("rules.yml", rules)])
+        self.assertIn("SUCCESS: 5 rules found", found)
 
-    def test_systemd(self):
-        output = self.run_it(["python3", "haineko.py", "setup", "--dest", "etc"])
-        paths = [
-            os.path.join(self.folder, "etc", name) for name in ("haineko.json", "haineko.service", "haineko.socket")
-        ]
-        self.assertEqual(output.split(), paths)
-        self.assertEqual(haineko.load_settings(paths[0])[1], [])
-        if not shutil.which("systemd-analyze"):
-            self.skipTest("no systemd-analyze on this machine")
-        self.assertEqual(self.run_it(["systemd-analyze", "verify", "--man=no", *paths[1:]]), "")
-        found = self.run_it(["systemd-analyze", "security", "--offline=yes", paths[1]])
-        self.assertLessEqual(float(re.search(r"exposure level for haineko.service: ([\d.]+)", found)[1]), 1.5)
-
-    def test_every_setting_stands_in_a_table(self):
-        """With its default."""
-        classes = (haineko.Httpd, haineko.Tls, haineko.Smtpd, haineko.Syslog, haineko.Relayhosts, haineko.Recipients)
-        for cls in (*classes, haineko.Route, haineko.Credentials, haineko.OAuth2):
+    def test_every_setting_stands_in_a_table_with_its_default(self):
+        names = {haineko.Tls: "`httpd.tls`", haineko.Syslog: "`smtpd.syslog`"}
+        names.update({haineko.Route: "a route", haineko.Credentials: "`authinfo`, a name", haineko.OAuth2: "`oauth2`"})
+        plain = (haineko.Httpd, haineko.Smtpd, haineko.Relayhosts, haineko.Recipients)
+        names.update({cls: f"`{cls.__name__.lower()}`" for cls in plain})
+        for cls, section in names.items():  # the rows from that of the section's name to that of the next one
+            (rows,) = re.findall(rf"(?m)^\| {re.escape(section)} \|.*\n(?:\| \| .*\n)*", README)
             for key, default in haineko.redacted(cls()).items():
                 wanted = default[0] if key == "listen" else default
                 wanted = "see below" if key == "syslog" else f"`{json.dumps(wanted)}`"
-                with self.subTest(key, section=cls.__name__):
-                    self.assertIn(f"`{key}` | {wanted} |", self.rows_of_section(cls))
+                with self.subTest(key, section=section):
+                    self.assertIn(f"`{key}` | {wanted} |", rows)
         for name in haineko.key_table(haineko.Settings):
             with self.subTest(name):
-                self.assertRegex(self.text, rf"(?m)^### .*\b{name}\b")
-
-    def rows_of_section(self, cls):
-        """The rows of a table of settings from that of the section's name to that of the next one."""
-        names = {haineko.Tls: "`httpd.tls`", haineko.Syslog: "`smtpd.syslog`"}
-        names.update({haineko.Route: "a route", haineko.Credentials: "`authinfo`, a name", haineko.OAuth2: "`oauth2`"})
-        name = names.get(cls, f"`{cls.__name__.lower()}`")
-        (found,) = re.findall(rf"(?m)^\| {re.escape(name)} \|.*\n(?:\| \| .*\n)*", self.text)
-        return found
+                self.assertRegex(README, rf"(?m)^### .*\b{name}\b")
 
     def test_the_table_of_relays_follows_from_their_rows(self):
-        rows = re.findall(r"(?m)^\| `(\w+)` \| (.*) \|.*\|$", self.text[self.text.index("\n## Relays\n") :])
+        rows = re.findall(r"(?m)^\| `(\w+)` \| (.*) \|.*\|$", README[README.index("\n## Relays\n") :])
         described = dict(rows[: len(haineko.RELAYS)])
         self.assertEqual(sorted(described), sorted(haineko.RELAYS))
         for name, relay in haineko.RELAYS.items():
             keys = [key for key in relay.needs if key != "auth"]
             keys += relay.login if "auth" in relay.needs else ()
-            for text in (
-                *(f"`{key}`" for key in keys),
-                *([str(relay.default_port)] if relay.default_port != 25 else []),
-            ):
+            port = [str(relay.default_port)] if relay.default_port != 25 else []
+            for text in (*(f"`{key}`" for key in keys), *port):
                 with self.subTest(name, text=text):
                     self.assertIn(text, described[name])
 
     def test_every_row_of_a_table_stands_in_a_table(self):
         for name in haineko.COMMANDS:
-            self.assertRegex(self.text, rf"(?m)^\|.*`{name}[ `].*\|", name)
+            self.assertRegex(README, rf"(?m)^\|.*`{name}[ `].*\|", name)
         for method, path in haineko.ENDPOINTS:
-            self.assertIn(f"`{method} {path}`", self.text)
+            self.assertIn(f"`{method} {path}`", README)
         for slug, (status, code, dsn, command, line) in haineko.REPLIES.items():
             with self.subTest(slug):
                 words = re.escape(line).replace("%s", "GET" if slug == "method" else r"\w+")
                 if line != "%s" and code != "200":
                     head = rf"[^|]*\b{status}\b[^|]*\|.*" if status else ".*"  # a refusal: the row of its status
                     said = " ".join(re.escape(word) for word in (code, dsn, command) if word)
-                    self.assertRegex(self.text, rf"(?m)^\|{head}(?:\| |<br>){said} {words}(?: \||<br>| \()")
-        for key in (
-            *haineko.key_table(haineko.Submission),
-            *(f"header.{key}" for key in haineko.key_table(haineko.Header)),
-        ):
-            if key not in ("header", "header.reply-to"):
-                self.assertRegex(self.text, rf"(?m)^\|.*`{re.escape(key)}`.*\|", key)
+                    self.assertRegex(README, rf"(?m)^\|{head}(?:\| |<br>){said} {words}(?: \||<br>| \()")
+        keys = [*haineko.key_table(haineko.Submission), *(f"header.{key}" for key in haineko.key_table(haineko.Header))]
+        for key in set(keys) - {"header", "header.reply-to"}:
+            self.assertRegex(README, rf"(?m)^\|.*`{re.escape(key)}`.*\|", key)
 
 
 class SideBySide(unittest.TestSuite):
@@ -14067,13 +13582,8 @@ class SideBySide(unittest.TestSuite):
             suite, output = running.pop(pid)
             with output:
                 output.seek(0)
-                lost = {
-                    "run": 0,
-                    "failures": [],
-                    "skipped": [],
-                    "errors": [(str(suite), f"its process ended: {status}")],
-                }
-                self.add(result, json.loads(output.read() or json.dumps(lost)))
+                lost = {"failures": [], "skipped": [], "errors": [(str(suite), f"its process ended: {status}")]}
+                self.add(result, json.loads(output.read() or json.dumps({"run": 0, **lost})))
         return result
 
     def start(self, suite, output) -> int:
@@ -14092,13 +13602,12 @@ class SideBySide(unittest.TestSuite):
 
     def add(self, result, found: dict) -> None:
         result.testsRun += found["run"]
-        others = 0
+        letters = ""
         for kind, letter in zip(self.KINDS, "FEs"):
             items = [(unittest.FunctionTestCase(print, description=name), text) for name, text in found[kind]]
             getattr(result, kind).extend(items)
-            result.stream.write(letter * len(items))
-            others += len(items)
-        result.stream.write("." * max(0, found["run"] - others))
+            letters += letter * len(items)
+        result.stream.write(letters + "." * max(0, found["run"] - len(letters)))
         result.stream.flush()
 
 
