@@ -5641,12 +5641,9 @@ class WebSessions(unittest.TestCase):
 
     def test_messages_by_others_go_to_another_haineko_as_they_are(self):
         head = "From: a@example.org\nTo: b@example.jp\nSubject: x\nMIME-Version: 1.0\nContent-Type: text/plain"
-        for more in (
-            '; charset="utf-8"\nContent-Transfer-Encoding: 7bit\n',
-            "; charset=utf-8\n",
-            "; charset=UTF-8\nSubject: =?x-nyaa?B?bnlhYQ==?=\n",
-        ):
-            form = {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": f"{head}{more}\nMeow\n"}
+        for more in ('"utf-8"\nContent-Transfer-Encoding: 7bit', "utf-8", "UTF-8\nSubject: =?x-nyaa?B?bnlhYQ==?="):
+            raw = f"{head}; charset={more}\n\nMeow\n"
+            form = {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw}
             call = haineko.haineko_request(composed_job(web_route("Haineko", "http://127.0.0.1:1"), form))
             self.assertIn("raw", json.loads(call.body), more)
             self.assertEqual(haineko.parse_submission(call.body)[1], [])
@@ -5672,29 +5669,19 @@ class WebSessions(unittest.TestCase):
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
 
     def test_a_kept_connection_that_dies_while_the_request_is_sent_is_replaced_once(self):
-        seen = []
+        class Resets(HttpPeer):
+            def _one(self, sock, stream, number: int) -> bool:
+                if number > 1 or not self.asked:
+                    return super()._one(sock, stream, number)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                return not self._line(stream)  # with a reset, in the middle of the body
 
-        def serve(listener) -> None:
-            for number in range(2):
-                sock, _ = listener.accept()
-                with sock, sock.makefile("rb") as stream:
-                    for turn in range(2):
-                        head = b"".join(iter(lambda stream=stream: HttpPeer._line(stream), b""))
-                        if number == 0 and turn == 1:  # in the middle of the body, with a reset
-                            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                        if not head or (number == 0 and turn == 1):
-                            break
-                        stream.read(int(re.search(rb"(?i)content-length: *(\d+)", head)[1]))
-                        seen.append(number)
-                        sock.sendall(on_the_wire(200, [{"email": "mikeneko@example.jp", "status": "sent", "_id": "x"}]))
-
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # the request does not fit into buffers
-            threading.Thread(target=serve, args=(listener,), daemon=True).start()
-            route = web_route("Mandrill", f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5)
-            replies = relayed(composed_job(route, web_submission(body="y" * (8 << 20))), times=2)
-        self.assertEqual([said.code for (said,) in replies], ["250", "250"], replies)
-        self.assertEqual(seen, [0, 1])
+        with Resets(as_mandrill) as peer:
+            peer.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # the body does not fit into buffers
+            job = composed_job(web_route("Mandrill", peer.url, timeout=5), web_submission(body="y" * (8 << 20)))
+            replies = relayed(job, times=2)
+            self.assertEqual([said.code for (said,) in replies], ["250", "250"], replies)
+            self.assertEqual([asked.line for asked in peer.asked], [1, 2])
 
     def test_answers_without_end_end_at_the_limit_or_the_deadline(self):
         head, chunked = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"
@@ -5733,40 +5720,33 @@ class WebSessions(unittest.TestCase):
     def test_the_certificate_is_checked(self):
         pem, tls = certificate(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(pem)
-        for mailer, context, more, good in (
+        for mailer, context, options, good in (
             ("AmazonSES", tls, {}, False),
             ("AmazonSES", tls, {"ca_file": pem}, True),
             ("AmazonSES", tls, {"tls_verify": False}, True),
             ("Haineko", tls, {"ca_file": pem}, True),
             ("Haineko", None, {"timeout": 1}, False),
         ):
-            with self.subTest(mailer, more=more), HttpPeer(PEERS[mailer], context) as peer:
-                place = (
-                    {"host": "127.0.0.1", "port": peer.port, "https": 1} if mailer == "Haineko" else {"url": peer.url}
-                )
-                replies = relayed(composed_job(web_route(mailer, **{**place, "timeout": 5, **more})), times=2)
+            with self.subTest(mailer, options=options), HttpPeer(PEERS[mailer], context) as peer:
+                by_port = {"host": "127.0.0.1", "port": peer.port, "https": 1}
+                more = {**({"url": peer.url} if mailer == "AmazonSES" else by_port), "timeout": 5, **options}
+                replies = relayed(composed_job(web_route(mailer, **more)), times=2)
                 wanted = ("250", "2.0.0", "DATA") if good else ("451", "4.7.5", "CONN")
                 self.assertEqual([said[:3] for (said,) in replies], [wanted] * 2)
-                self.assertEqual([asked.line for asked in peer.asked], [1, 1] if good else [])
+                lines = [asked.line for asked in peer.asked if asked.method == "POST"]  # a client's hello is no request
+                self.assertEqual(lines, [1, 1] if good else [])
 
 
 # ======================================================================================================================
 # 12. Signatures
 # ======================================================================================================================
 
-RFC8463_MESSAGE = b"""\
-From: Joe SixPack <joe@football.example.com>
-To: Suzie Q <suzie@shopping.example.net>
-Subject: Is dinner ready?
-Date: Fri, 11 Jul 2003 21:00:37 -0700 (PDT)
-Message-ID: <20030712040037.46341.5F8J@football.example.com>
-
-Hi.
-
-We lost the game.  Are you hungry yet?
-
-Joe.
-""".replace(b"\n", b"\r\n")
+RFC8463_MESSAGE = (
+    b"From: Joe SixPack <joe@football.example.com>\r\nTo: Suzie Q <suzie@shopping.example.net>\r\n"
+    b"Subject: Is dinner ready?\r\nDate: Fri, 11 Jul 2003 21:00:37 -0700 (PDT)\r\n"
+    b"Message-ID: <20030712040037.46341.5F8J@football.example.com>\r\n\r\n"
+    b"Hi.\r\n\r\nWe lost the game.  Are you hungry yet?\r\n\r\nJoe.\r\n"
+)
 
 
 def dkim_keys(*domains: str, key: str = RFC8463_KEY, selector: str = "s1") -> dict:
@@ -5872,23 +5852,6 @@ class Signatures(Folder, Peers):
         with patched(haineko, LIBCRYPTO=("nyaa_no_such_function",)):
             self.assertEqual(haineko.load_settings(path)[1], [words])
 
-    def test_a_shared_message_is_signed_once(self) -> None:
-        class CountingKey(haineko.PrivateKey):
-            count = 0
-
-            def sign(self, data: bytes) -> bytes:
-                CountingKey.count += 1
-                return super().sign(data)
-
-        peers = self.peer(), self.peer()
-        table = {name: esmtp(peer) for name, peer in zip(("a.example", "b.example"), peers)}
-        force = settings(mailertable=table, dkim=dkim_keys("example.org"))
-        key = replace(force.dkim["example.org"], private=CountingKey(RFC8463_KEY.encode()))
-        mail = document(header={"to": "a@a.example, b@b.example"}, rcpt=None)
-        self.assertEqual(posted(mail, replace(force, dkim={"example.org": key}))[0], 200)
-        signatures = {signatures_of(peer.mails[0].text)[0]["b"] for peer in peers}
-        self.assertEqual((CountingKey.count, len(signatures)), (1, 1))
-
     def test_who_signs(self) -> None:
         """By the domain of From, then those above it; one signature of a domain is enough."""
         keys = settings(dkim={**dkim_keys("example.org"), **dkim_keys("b.example.org", selector="s2")}).dkim
@@ -5929,13 +5892,14 @@ class Signatures(Folder, Peers):
         for changes, recipients in (
             ({}, 2),
             ({"header": {"list-id": "<a.example.org>", "list-unsubscribe": "<https://example.org/>"}}, 2),
-            ({"header": {"to": "a@example.jp, b@example.jp"}, "rcpt": None, "html": "<p>猫</p>"}, 1),
+            ({"header": {"to": "a@example.jp, b@b.example"}, "rcpt": None, "html": "<p>猫</p>"}, 2),
             ({"raw": raw}, 1),
         ):
             for algorithm, pem in (("ed25519", RFC8463_KEY), ("rsa", TEST_RSA_KEY)):
                 with self.subTest(changes, algorithm=algorithm):
                     peer.mails.clear()
-                    force = settings(mailertable={"default": esmtp(peer)}, dkim=dkim_keys("example.org", key=pem))
+                    table = {"default": esmtp(peer), "b.example": esmtp(peer, retry=1)}  # two transactions share one
+                    force = settings(mailertable=table, dkim=dkim_keys("example.org", key=pem))
                     whole = document(**{"rcpt": ["a@example.jp", "b@example.jp"], **changes})
                     if "raw" in whole:
                         del whole["header"], whole["body"]
@@ -5982,8 +5946,36 @@ class Signatures(Folder, Peers):
 # ======================================================================================================================
 
 
-class OAuth2Settings(Folder):
-    """`oauth2` of a login, and what follows from it."""
+class OAuth2(Folder, Peers):
+    def setUp(self) -> None:
+        Peers.setUp(self)
+        Folder.setUp(self)
+
+    def route(self, provider, hop: SmtpPeer | None = None, user: str = "neko", **oauth2) -> haineko.Route:
+        hop = hop or self.peer({}, "AUTH XOAUTH2", logins={user: "ya29.token"})
+        url = getattr(provider, "url", provider) + "/token?x=1"
+        oauth2 = {"token_url": url, "client_id": "app", "client_secret": "geheim-1", "scope": "s", **oauth2}
+        login = {"key": {"username": user, "oauth2": {key: value for key, value in oauth2.items() if value}}}
+        route = {"host": hop.host, "port": hop.port, "auth": "key", "timeout": 1}
+        content = {"authinfo": login, "mailertable": {"default": route}}
+        found, faults = haineko.load_settings(self.write("haineko.json", content))
+        self.assertEqual(faults, [])
+        return found.mailertable["default"]
+
+    def provider(self, *said) -> HttpPeer:
+        """A token endpoint; a text stands for an answer with that token, and the last answer holds for ever."""
+        said = [(200, {"access_token": item, "expires_in": 3600}) if type(item) is str else item for item in said]
+        peer = HttpPeer(lambda asked: said.pop(0) if len(said) > 1 else said[0])
+        self.addCleanup(peer.__exit__)
+        return peer
+
+    def cache(self, *clock) -> haineko.TokenCache:
+        pool = haineko.HTTPConnectionPool()
+        self.addCleanup(pool.sweep, everything=True)
+        return haineko.TokenCache(pool, *clock)
+
+    def asked(self, peer: HttpPeer) -> list:
+        return [dict(urllib.parse.parse_qsl(item.body.decode())) for item in peer.asked]
 
     def test_faults(self):
         self.write("account.json", {"client_email": "x", "private_key": "none"})
@@ -6030,43 +6022,7 @@ class OAuth2Settings(Folder):
                 resolved = found.mailertable["default"].oauth2
                 self.assertEqual([resolved.token_url, resolved.scope], wanted)
 
-
-class TokenPeers(Folder, Peers):
-    """A test with token endpoints."""
-
-    def setUp(self) -> None:
-        Peers.setUp(self)
-        Folder.setUp(self)
-
-    def route(self, provider, hop: SmtpPeer | None = None, user: str = "neko", **oauth2) -> haineko.Route:
-        hop = hop or self.peer({}, "AUTH XOAUTH2", logins={user: "ya29.token"})
-        url = getattr(provider, "url", provider) + "/token?x=1"
-        oauth2 = {"token_url": url, "client_id": "app", "client_secret": "geheim-1", "scope": "s", **oauth2}
-        login = {"key": {"username": user, "oauth2": {key: value for key, value in oauth2.items() if value}}}
-        route = {"host": hop.host, "port": hop.port, "auth": "key", "timeout": 1}
-        content = {"authinfo": login, "mailertable": {"default": route}}
-        found, faults = haineko.load_settings(self.write("haineko.json", content))
-        self.assertEqual(faults, [])
-        return found.mailertable["default"]
-
-    def provider(self, *said) -> HttpPeer:
-        """A token endpoint; a text stands for an answer with that token, and the last answer holds for ever."""
-        said = [(200, {"access_token": item, "expires_in": 3600}) if type(item) is str else item for item in said]
-        peer = HttpPeer(lambda asked: said.pop(0) if len(said) > 1 else said[0])
-        self.addCleanup(peer.__exit__)
-        return peer
-
-    def cache(self, *clock) -> haineko.TokenCache:
-        pool = haineko.HTTPConnectionPool()
-        self.addCleanup(pool.sweep, everything=True)
-        return haineko.TokenCache(pool, *clock)
-
-    def asked(self, peer: HttpPeer) -> list:
-        return [dict(urllib.parse.parse_qsl(item.body.decode())) for item in peer.asked]
-
-
-class AccessTokens(TokenPeers):
-    """Tokens: fetched, kept, renewed."""
+    # -- tokens: fetched, kept, renewed
 
     def test_one_fetch_for_all_who_wait(self):
         provider = self.provider("ya29.token")
@@ -6122,33 +6078,20 @@ class AccessTokens(TokenPeers):
         self.assertIn("HTTP 503", caught.exception.reply.message[1])
 
     def test_what_a_provider_may_say(self):
-        def error(name: str, description: str = "") -> dict:
-            return {"error": name, **({"error_description": description} if description else {})}
-
-        secret = "AADSTS7000215: Invalid client secret provided."
+        bad, secret = {"error": "invalid_client"}, "AADSTS7000215: Invalid client secret provided."
         with socket.create_server(("127.0.0.1", 0)) as listener:
             nobody = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        no_token, no_word = ", no access token in it", "the access token is not one word of ASCII"
+        no_token, no_word = "HTTP 200 OK, no access token in it", "the access token is not one word of ASCII"
         for said, words in (
-            ((400, error("invalid_request", "AADSTS90002: no")), "invalid_request: AADSTS90002: no"),
-            (
-                (401, error("invalid_client", f"{secret}\r\nTrace ID: 1\r\nTimestamp: 2026")),
-                f"invalid_client: {secret}",
-            ),
-            ((400, error("invalid_grant")), "invalid_grant"),
-            ((400, error("invalid_client", "geheim-1 is wrong")), "invalid_client: ******** is wrong"),
-            ((200, b"<html>Log in"), f"HTTP 200 OK{no_token}"),
-            ((200, {"token_type": "Bearer"}), f"HTTP 200 OK{no_token}"),
-            ((200, error("slow_down")), "slow_down"),
-            ((200, [1]), f"HTTP 200 OK{no_token}"),
-            ((200, {"access_token": "a\r\nb"}), no_word),
-            ((200, {"access_token": 5}), no_word),
-            ((302, b"", (("Location", "http://127.0.0.1/"),)), f"HTTP 302 Because{no_token}"),
-            ("hang", "timed out"),
-            ("drip", "timed out"),
-            ("close", "Remote end closed connection"),
+            ((401, {**bad, "error_description": f"{secret}\r\nTrace ID: 1"}), f"invalid_client: {secret}"),
+            ((400, {**bad, "error_description": "geheim-1 is wrong"}), "invalid_client: ******** is wrong"),
+            ((400, {"error": "invalid_grant"}), "invalid_grant"), ((200, {"error": "slow_down"}), "slow_down"),
+            ((200, b"<html>Log in"), no_token), ((200, {"token_type": "Bearer"}), no_token), ((200, [1]), no_token),
+            ((200, {"access_token": "a\r\nb"}), no_word), ((200, {"access_token": 5}), no_word),
+            ((302, b"", (("Location", "http://127.0.0.1/"),)), "HTTP 302 Because, no access token in it"),
+            ("hang", "timed out"), ("drip", "timed out"), ("close", "Remote end closed connection"),
             (None, "Connection refused"),
-        ):
+        ):  # fmt: skip
             with self.subTest(said):
                 peer, hop = HttpPeer(lambda _, said=said: said), self.peer({}, "AUTH XOAUTH2")
                 began, provider = time.monotonic(), peer if said else nobody
@@ -6172,9 +6115,8 @@ class AccessTokens(TokenPeers):
         self.assertEqual((status, answer["response"][0]["message"]), (503, ["No access token", "invalid_grant"]))
 
     def test_refresh_tokens(self):
-        fine, link, kept = {"access_token": "t", "expires_in": 0}, os.path.join(self.folder, "link"), "refresh"
-        kept = self.write("refresh", "old\n")
-        os.symlink(kept, link)
+        fine, kept = {"access_token": "t", "expires_in": 0}, self.write("refresh", "old\n")
+        os.symlink(kept, link := os.path.join(self.folder, "link"))
         said = (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
         for source, last, words in (
             ({"file": "link"}, "new", ""),
@@ -6201,21 +6143,21 @@ class AccessTokens(TokenPeers):
     def test_a_service_account(self):
         account = {"client_email": "bot@example.iam", "private_key": TEST_RSA_KEY, "type": "service_account"}
         self.write("account.json", account)
-        provider = self.provider("ya29.token")
+        provider, key = self.provider("ya29.token"), haineko.PrivateKey(TEST_RSA_KEY.encode())
         route = self.route(provider, service_account="account.json", client_id="", client_secret="", scope="")
         self.assertEqual(haineko.run(self.cache().token_for(route)).text, "ya29.token")
         (form,) = self.asked(provider)
-        token = form["assertion"]
         self.assertEqual(form["grant_type"], "urn:ietf:params:oauth:grant-type:jwt-bearer")
+        token = form["assertion"]
         self.assertNotRegex(token, r"[^A-Za-z0-9_.-]")
         head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in token.split("."))
-        wanted = haineko.PrivateKey(TEST_RSA_KEY.encode()).sign(token.rpartition(".")[0].encode())
-        self.assertEqual((json.loads(head), signature), ({"alg": "RS256", "typ": "JWT"}, wanted))
-        claims = json.loads(claims)
-        self.assertLess(abs(claims["iat"] - time.time()), 60)
-        more = {"scope": "https://mail.google.com/", "iat": claims["iat"], "exp": claims["iat"] + 3600}
-        wanted = {"iss": "bot@example.iam", "sub": "neko", "aud": route.oauth2.token_url, **more}
-        self.assertEqual(claims, wanted)
+        self.assertEqual(json.loads(head), {"alg": "RS256", "typ": "JWT"})
+        self.assertEqual(signature, key.sign(token.rpartition(".")[0].encode()))
+        began = json.loads(claims)["iat"]
+        self.assertLess(abs(began - time.time()), 60)
+        wanted = {"iss": "bot@example.iam", "sub": "neko", "aud": route.oauth2.token_url, "iat": began}
+        wanted.update(scope="https://mail.google.com/", exp=began + 3600)
+        self.assertEqual(json.loads(claims), wanted)
 
     def test_a_token_by_a_command(self):
         self.write("program", "#!/bin/sh\necho ya29.token\n", 0o700)
@@ -6225,9 +6167,7 @@ class AccessTokens(TokenPeers):
         message = carried(job(replace(route, oauth2=sealed)))[0][0].message
         self.assertEqual(message, ("No access token", ".command: sh: sealed"))
 
-
-class TokenLogins(TokenPeers):
-    """XOAUTH2 and OAUTHBEARER."""
+    # -- XOAUTH2 and OAUTHBEARER
 
     def test_both_mechanisms(self):
         """A line is at most 512 octets, of 5 + 7 + 1 + 4 * ceil((length + 24) / 3) + 2; a longer token is asked for."""
@@ -6279,15 +6219,12 @@ class TokenLogins(TokenPeers):
                 self.assertIn(words, reply.message[1])
                 self.assertEqual(any(line.startswith("AUTH") for line in hop.lines), bool(last))
 
-    def test_no_token_without_tls(self):
+    def test_no_secret_goes_to_a_provider_without_tls(self):
         outside = outside_address()
         if not outside:
             self.skipTest("this machine has no address but loopback")
-        hop = self.peer({}, "AUTH XOAUTH2", logins={"neko": "ya29.token"}, hosts=(outside,))
-        reply = first_reply(job(self.route(self.provider("ya29.token"), hop)))
-        self.assertEqual(reply.dsn, "4.7.11")
-        eventually(lambda: hop.lines[1:] == ["QUIT"])
-        reply = first_reply(job(self.route(f"http://{outside}:{hop.port}")))
+        with socket.create_server((outside, 0)) as listener:
+            reply = first_reply(job(self.route(f"http://{outside}:{listener.getsockname()[1]}")))
         self.assertIn("Credentials are not sent over a connection without TLS", reply.message[1])
 
     def test_the_log_shows_mechanism_and_user_and_no_secret(self):
@@ -6383,14 +6320,11 @@ class SmtpSessions(Peers):
         ok, go = haineko.SMTPReply("250", "2.1.0", ("2.1.0 ok",)), haineko.SMTPReply("354", None, ("go on",))
         bye = haineko.SMTPReply("421", "4.3.2", ("4.3.2 bye", "see you"))
         for octets, wanted, rest in (
-            (b"250 2.1.0 ok\r\n", (ok,), b""),
-            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b""),
-            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go"),
+            (b"250 2.1.0 ok\r\n", (ok,), b""), (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b""),
+            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go"), (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b""),
             (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b""),
-            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n"),
-            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b""),
-            (b"25", (), b"25"),
-        ):
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n"), (b"25", (), b"25"),
+        ):  # fmt: skip
             with self.subTest(octets):
                 session = haineko.Session(haineko.Route(), "here.example")
                 session._feed(octets)
@@ -6560,34 +6494,27 @@ class SmtpSessions(Peers):
             (here, {}, {}, "421 4.7.5 STARTTLS"),  # nobody knows who made it
             (elsewhere, {}, {"ca_file": elsewhere}, "421 4.7.5 STARTTLS"),
             (elsewhere, {}, {"tls_verify": False}, FINE),
+            (here, {"EHLO": ["250-in clear\n250-STARTTLS\n250 DSN", "250 under TLS"]}, trusted, FINE),
+            (here, {}, {"starttls": False}, FINE),
             (here, {"EHLO": "250 nothing offered"}, trusted, "454 4.7.4 STARTTLS"),
             (here, {"STARTTLS": "454 4.7.0 later"}, {}, "454 4.7.0 STARTTLS"),
             (here, {"STARTTLS": HANG_UP}, {}, "421 4.4.2 STARTTLS"),
-            (here, {"STARTTLS": SILENCE}, {}, "421 4.4.2 STARTTLS"),
-            (here, {"TLS": SILENCE}, {}, "421 4.4.2 STARTTLS"),
+            *((here, {verb: SILENCE}, {}, "421 4.4.2 STARTTLS") for verb in ("STARTTLS", "TLS")),
             (here, {"STARTTLS": clear}, trusted, "421 4.5.0 STARTTLS"),  # words in clear behind the reply
             (here, twice_no, trusted, "550 5.7.1 EHLO"),
         )
         peers = [self.peer(says, "STARTTLS", "SIZE", tls=pem) for pem, says, *_ in cases]
-        jobs = [(job(peer, starttls=True, timeout=0.7, **case[2]),) for peer, case in zip(peers, cases)]
-        for (pem, *case, wanted), peer, ([replies], _) in zip(cases, peers, side_by_side(*jobs)):
-            with self.subTest(case, pem=pem):
+        jobs = [(job(peer, **{"starttls": True, "timeout": 0.7, **case[2]}),) for peer, case in zip(peers, cases)]
+        for (pem, says, more, wanted), peer, ([replies], _) in zip(cases, peers, side_by_side(*jobs)):
+            with self.subTest(says, more=more, pem=pem):
                 self.assertEqual(told(replies), [wanted])
                 self.assertEqual(any(line.startswith("MAIL") for line in peer.lines), wanted == FINE)
                 if wanted == FINE:
-                    self.assertTrue(peer.connections[0].secure)
-                    self.assertEqual([line[:8] for line in peer.lines[:3]], ["ehlo rel", "STARTTLS", "ehlo rel"])
-
-    def test_what_was_offered_in_clear_does_not_count_under_tls(self) -> None:
-        pem = certificate()
-        peer = self.peer({"EHLO": ["250-peer\n250-STARTTLS\n250 DSN", "250 peer"]}, tls=pem)
-        carried(job(peer, starttls=True, ca_file=pem))
-        self.assertEqual(peer.mails[0].mail, "MAIL FROM:<kijitora@example.org>")
-
-    def test_no_starttls_where_nobody_asked(self) -> None:
-        peer = self.peer({}, "STARTTLS", tls=certificate())
-        self.assertEqual(told(carried(job(peer))[0]), [FINE])
-        self.assertNotIn("STARTTLS", peer.lines)
+                    secure = more.get("starttls", True)
+                    self.assertEqual(peer.connections[0].secure, secure)
+                    verbs = ["ehlo", "STAR", "ehlo", "MAIL"] if secure else ["ehlo", "MAIL"]
+                    self.assertEqual([line[:4] for line in peer.lines][: len(verbs)], verbs)
+                    self.assertNotIn("RET=", peer.mails[0].mail)
 
     def test_port_465_is_tls_from_the_first_octet(self) -> None:
         pem, place = certificate(), "127.0.0.46"
@@ -6723,20 +6650,15 @@ class SmtpSessions(Peers):
 
     def test_a_kept_session_that_died_is_replaced_once_and_never_after_the_text(self) -> None:
         well, goodbye = None, "421 4.4.2 idle for too long"
-        cases = (
-            # what it says, what the second of two mails is told, connections, mails that came
-            ({"MAIL": [well, HANG_UP, well]}, FINE, 2, 2),
-            ({"MAIL": [well, goodbye, well]}, FINE, 2, 2),
-            ({"RCPT": [well, goodbye, well]}, FINE, 2, 2),
-            ({"DATA": [well, goodbye, well]}, FINE, 2, 2),
-            ({"DATA": [well, b"rubbish\r\n", well]}, FINE, 2, 2),
-            ({"DATA": [well, SILENCE, well]}, FINE, 2, 2),
+        cases = (  # what it says, what the second of two mails is told, connections, mails that came
+            *(({verb: [well, said, well]}, FINE, 2, 2) for verb, said in (
+                ("MAIL", HANG_UP), ("MAIL", goodbye), ("RCPT", goodbye), ("DATA", goodbye), ("DATA", b"rubbish\r\n"),
+                ("DATA", SILENCE),
+            )),
+            *(({".": [well, said, well]}, "421 4.4.2 DATA", 1, 2) for said in (goodbye, HANG_UP, SILENCE)),
             ({"MAIL": [well, HANG_UP, HANG_UP, well]}, "421 4.4.2 MAIL", 2, 1),
             ({"MAIL": [well, HANG_UP], "CONN": [well, "554 5.3.2 no"]}, "554 5.3.2 CONN", 2, 1),
-            ({".": [well, goodbye, well]}, "421 4.4.2 DATA", 1, 2),
-            ({".": [well, HANG_UP, well]}, "421 4.4.2 DATA", 1, 2),
-            ({".": [well, SILENCE, well]}, "421 4.4.2 DATA", 1, 2),
-        )
+        )  # fmt: skip
         table = [(offers, *case) for offers in ((), ("PIPELINING",)) for case in cases]
         peers = [self.peer({verb: said[:] for verb, said in says.items()}, *offers) for offers, says, *_ in table]
         results = side_by_side(*[(job(peer, timeout=0.7), job(peer, timeout=0.7)) for peer in peers])
@@ -6915,10 +6837,7 @@ class SmtpSessions(Peers):
     def test_what_a_server_says_to_a_kept_session_is_no_reply_to_the_next_mail(self) -> None:
         async def twice(goodbye: bytes) -> list:
             first = await haineko.attempt_transaction(job(peer), sessions)
-            if goodbye:
-                peer.connections[0].sock.sendall(goodbye)
-            else:
-                peer.connections[0].cut()
+            peer.connections[0].sock.sendall(goodbye) if goodbye else peer.connections[0].cut()
             [[kept]] = [pool.idle for pool in sessions.pools.values()]
             await kept.stream.wait_ready(time.monotonic() + 5)
             second = await haineko.attempt_transaction(job(peer), sessions)
