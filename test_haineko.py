@@ -5715,12 +5715,10 @@ class WebSessions(unittest.TestCase):
         pem, tls = certificate(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(pem)
         for mailer, context, options, good in (
-            ("AmazonSES", tls, {}, False),
-            ("AmazonSES", tls, {"ca_file": pem}, True),
-            ("AmazonSES", tls, {"tls_verify": False}, True),
-            ("Haineko", tls, {"ca_file": pem}, True),
+            ("AmazonSES", tls, {}, False), ("AmazonSES", tls, {"ca_file": pem}, True),
+            ("AmazonSES", tls, {"tls_verify": False}, True), ("Haineko", tls, {"ca_file": pem}, True),
             ("Haineko", None, {"timeout": 1}, False),
-        ):
+        ):  # fmt: skip
             with self.subTest(mailer, options=options), HttpPeer(PEERS[mailer], context) as peer:
                 by_port = {"host": "127.0.0.1", "port": peer.port, "https": 1}
                 more = {**({"url": peer.url} if mailer == "AmazonSES" else by_port), "timeout": 5, **options}
@@ -6109,9 +6107,8 @@ class OAuth2(Folder, Peers):
         os.symlink(kept, link := os.path.join(self.folder, "link"))
         said = (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
         for source, last, words in (
-            ({"file": "link"}, "new", ""),
-            ("old", "old", "put the new one into the settings, ours may end"),
-        ):
+            ({"file": "link"}, "new", ""), ("old", "old", "put the new one into the settings, ours may end"),
+        ):  # fmt: skip
             with self.subTest(source):
                 provider, tokens = self.provider(*said), self.cache()
                 route = self.route(provider, refresh_token=source)
@@ -6162,12 +6159,10 @@ class OAuth2(Folder, Peers):
     def test_both_mechanisms(self):
         """A line is at most 512 octets, of 5 + 7 + 1 + 4 * ceil((length + 24) / 3) + 2; a longer token is asked for."""
         for offer, length, inline, user in (
-            ("AUTH LOGIN XOAUTH2", 20, True, "neko@example.org"),
-            ("AUTH OAUTHBEARER PLAIN", 20, True, "ne,k=o"),
-            ("AUTH OAUTHBEARER XOAUTH2", 20, True, "neko"),
+            ("AUTH LOGIN XOAUTH2", 20, True, "neko@example.org"), ("AUTH OAUTHBEARER PLAIN", 20, True, "ne,k=o"),
+            ("AUTH OAUTHBEARER XOAUTH2", 20, True, "neko"), ("AUTH OAUTHBEARER", 4096, False, "neko"),
             *(("AUTH XOAUTH2", length, length < 349, "neko") for length in (333, 348, 349, 4096)),
-            ("AUTH OAUTHBEARER", 4096, False, "neko"),
-        ):
+        ):  # fmt: skip
             with self.subTest(offer, length=length):
                 hop, provider = self.peer({}, offer, logins={user: "t" * length}), self.provider("t" * length)
                 replies = carried(*[job(self.route(provider, hop, user))] * 2)
@@ -6223,12 +6218,12 @@ class OAuth2(Folder, Peers):
         token = "".join(chr(65 + i * 7 % 26) for i in range(4096))
         provider = self.provider(token)
         for says in (
-            {},
-            {"AUTH": lambda _, line: f"535 5.7.8 {line}"},
-            {"AUTH": lambda _, line: f"535-5.7.8 {line[600:900]}\n535 {token[:3000]}"},
+            None,
+            lambda _, line: f"535 5.7.8 {line}",
+            lambda _, line: f"535-5.7.8 {line[600:900]}\n535 {token[:3000]}",
         ):
             for offer in ("AUTH XOAUTH2", "AUTH OAUTHBEARER"):
-                hop = self.peer(says, offer, logins={"neko": "other"})
+                hop = self.peer({"AUTH": says}, offer, logins={"neko": "other"})
                 ((reply,),) = carried(job(self.route(provider, hop)))
                 lines, bearer = self.logged(), f"auth=Bearer {token}\1\1"
                 self.assertIn(f"127.0.0.1 > {offer} ******** as neko", lines)
@@ -6460,11 +6455,8 @@ class SmtpSessions(Peers):
     def test_lost_before_the_end_of_the_text_is_certain(self) -> None:
         text = b"Subject: large\r\n\r\n" + (b"y" * 998 + b"\r\n") * 30000
         released = threading.Event()
-        ends = (
-            HANG_UP,
-            lambda connection, line: released.wait(8) and HANG_UP,  # reads nothing more
-            lambda connection, line: connection.sock.sendall(b"452 4.3.1 disk full\r\n") or HANG_UP,
-        )
+        full = b"452 4.3.1 disk full\r\n"  # the second one reads nothing more
+        ends = HANG_UP, lambda *_: released.wait(8) and HANG_UP, lambda talk, _: talk.sock.sendall(full) or HANG_UP
         results = side_by_side(*[(job(self.peer({"TEXT": end}), text=text, timeout=1),) for end in ends])
         released.set()
         for i, ([[said]], _) in enumerate(results):
@@ -6479,19 +6471,16 @@ class SmtpSessions(Peers):
         trusted, clear = {"ca_file": here}, b"220 go\r\n250-peer\r\n250 AUTH PLAIN\r\n"
         twice_no = {"EHLO": [None, "550 5.7.1 no"], "HELO": "550 5.7.1 no"}
         cases = (  # certificate, what the peer says, more of the route, what is told
-            (here, {}, trusted, FINE),
-            (here, {}, {}, "421 4.7.5 STARTTLS"),  # nobody knows who made it
-            (elsewhere, {}, {"ca_file": elsewhere}, "421 4.7.5 STARTTLS"),
-            (elsewhere, {}, {"tls_verify": False}, FINE),
+            (here, {}, trusted, FINE), (here, {}, {}, "421 4.7.5 STARTTLS"),  # nobody knows who made it
+            (elsewhere, {}, {"ca_file": elsewhere}, "421 4.7.5 STARTTLS"), (elsewhere, {}, {"tls_verify": False}, FINE),
             (here, {"EHLO": ["250-in clear\n250-STARTTLS\n250 DSN", "250 under TLS"]}, trusted, FINE),
-            (here, {}, {"starttls": False}, FINE),
-            (here, {"EHLO": "250 nothing offered"}, trusted, "454 4.7.4 STARTTLS"),
+            (here, {}, {"starttls": False}, FINE), (here, {"EHLO": "250 none"}, trusted, "454 4.7.4 STARTTLS"),
             (here, {"STARTTLS": "454 4.7.0 later"}, {}, "454 4.7.0 STARTTLS"),
             (here, {"STARTTLS": HANG_UP}, {}, "421 4.4.2 STARTTLS"),
             *((here, {verb: SILENCE}, {}, "421 4.4.2 STARTTLS") for verb in ("STARTTLS", "TLS")),
             (here, {"STARTTLS": clear}, trusted, "421 4.5.0 STARTTLS"),  # words in clear behind the reply
             (here, twice_no, trusted, "550 5.7.1 EHLO"),
-        )
+        )  # fmt: skip
         peers = [self.peer(says, "STARTTLS", "SIZE", tls=pem) for pem, says, *_ in cases]
         jobs = [(job(peer, **{"starttls": True, "timeout": 0.7, **case[2]}),) for peer, case in zip(peers, cases)]
         for (pem, says, more, wanted), peer, ([replies], _) in zip(cases, peers, side_by_side(*jobs)):
@@ -6512,10 +6501,9 @@ class SmtpSessions(Peers):
         except OSError as fault:
             self.skipTest(f"port 465 of {place}: {fault}")
         for says, more, wanted in (
-            (None, {"ca_file": pem}, FINE),
-            (None, {}, "421 4.4.1 CONN"),
+            (None, {"ca_file": pem}, FINE), (None, {}, "421 4.4.1 CONN"),
             (SILENCE, {"ca_file": pem, "timeout": 0.3}, "421 4.4.1 CONN"),
-        ):
+        ):  # fmt: skip
             peer.says["TLS"] = says
             self.assertEqual(told(carried(job(peer, **more))[0]), [wanted])
         self.assertEqual(len(peer.mails), 1)
@@ -6542,54 +6530,47 @@ class SmtpSessions(Peers):
 
         wrong, none, every = "535 5.7.8 AUTH", "454 4.7.0 AUTH", "LOGIN PLAIN CRAM-MD5"
         names, too_many = every.split(), b"535 5.7.8 wrong\r\n421 4.7.0 too many errors\r\n"
-        cases = (  # offered, password, what the peer says, the mechanisms tried, what is told
-            ("PLAIN LOGIN CRAM-MD5", "nyaa", None, "CRAM-MD5", FINE),
-            ("LOGIN PLAIN", "nyaa", None, "PLAIN", FINE),
-            ("=LOGIN", "nyaa", None, "LOGIN", FINE),
-            *((name, word, None, name, FINE) for name in names for word in ("nyaa", "nyaa-にゃあ-é", "x" * 600)),
-            *((name, "wrong", None, name, wrong) for name in names),
-            ("PLAIN", "nyaa", HANG_UP, "PLAIN", "421 4.4.2 AUTH"),
-            ("PLAIN", "nyaa", SILENCE, "PLAIN", "421 4.4.2 AUTH"),
-            ("PLAIN", "nyaa", b"welcome!\r\n", "PLAIN", "421 4.5.0 AUTH"),
-            ("CRAM-MD5", "nyaa", b"334 a\r\n", "CRAM-MD5", "421 4.5.0 AUTH"),
-            ("LOGIN", "nyaa", b"334 \r\n" * 50, "LOGIN", "421 4.5.0 AUTH"),
-            ("GSSAPI NTLM", "nyaa", None, "", none),
-            ("", "nyaa", None, "", none),
-            (every, "nyaa", "535 5.7.8 wrong", "CRAM-MD5", wrong),
-            (every, "nyaa", too_many, "CRAM-MD5", wrong),
-            (every, "nyaa", "454 4.7.0 later", "CRAM-MD5", none),
-            (every, "nyaa", ["504 5.5.4 unknown", None], "CRAM-MD5 PLAIN", FINE),
-            (every, "nyaa", ["534 5.7.9 too weak", "504 no", None], "CRAM-MD5 PLAIN LOGIN", FINE),
-            (every, "nyaa", "534 5.7.9 too weak", "CRAM-MD5 PLAIN LOGIN", "534 5.7.9 AUTH"),
-            ("PLAIN LOGIN", "nyaa", "501 5.5.2 what", "PLAIN", "501 5.5.2 AUTH"),
-            *(("LOGIN", "nyaa", asks(*turns), "LOGIN", FINE) for turns in (
+        cases = (  # offered, what the peer says, the mechanisms tried, what is told, another password
+            ("PLAIN LOGIN CRAM-MD5", None, "CRAM-MD5", FINE), ("LOGIN PLAIN", None, "PLAIN", FINE),
+            ("=LOGIN", None, "LOGIN", FINE), ("GSSAPI NTLM", None, "", none), ("", None, "", none),
+            *((name, None, name, FINE, word) for name in names for word in ("nyaa", "nyaa-にゃあ-é", "x" * 600)),
+            *((name, None, name, wrong, "wrong") for name in names),
+            *(("PLAIN", says, "PLAIN", "421 4.4.2 AUTH") for says in (HANG_UP, SILENCE)),
+            ("PLAIN", b"welcome!\r\n", "PLAIN", "421 4.5.0 AUTH"),
+            ("CRAM-MD5", b"334 a\r\n", "CRAM-MD5", "421 4.5.0 AUTH"),
+            ("LOGIN", b"334 \r\n" * 50, "LOGIN", "421 4.5.0 AUTH"),
+            (every, "535 5.7.8 wrong", "CRAM-MD5", wrong), (every, too_many, "CRAM-MD5", wrong),
+            (every, "454 4.7.0 later", "CRAM-MD5", none), (every, ["504 5.5.4 unknown", None], "CRAM-MD5 PLAIN", FINE),
+            (every, ["534 5.7.9 too weak", "504 no", None], "CRAM-MD5 PLAIN LOGIN", FINE),
+            (every, "534 5.7.9 too weak", "CRAM-MD5 PLAIN LOGIN", "534 5.7.9 AUTH"),
+            ("PLAIN LOGIN", "501 5.5.2 what", "PLAIN", "501 5.5.2 AUTH"),
+            *(("LOGIN", asks(*turns), "LOGIN", FINE) for turns in (
                 (b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),  # Username: Password:
                 (b" VXNlciBOYW1lAA==", b" UGFzc3dvcmQA"), (b" VXNlciBOYW1lAA", b" UGFzc3dvcmQA"),  # without padding
                 (b" Username:", b" Password:"), (b" please send your user name", b" and the password, please"),
                 (b" go on", b" go on"), (b" ", b" "), (b"", b""),
             )),
         )  # fmt: skip
-        peers, jobs = [], []
-        for offer, word, says, *_ in cases:
+        peers, jobs, secrets = [], [], {"Traceback"}
+        for offer, says, _, _, *words in cases:
+            word = words[0] if words else "nyaa"
             logins = {"kijitora": "nyaa" if word == "wrong" else word}
             peers.append(self.peer({"AUTH": says}, f"AUTH {offer}".replace(" =", "="), logins=logins))
             jobs.append((job(peers[-1], auth="x", credentials=("kijitora", word), timeout=0.7),))
-        for (offer, word, says, tried, wanted), peer, ([replies], _) in zip(cases, peers, side_by_side(*jobs)):
-            with self.subTest(offer, word=word, says=says):
+            forms = (base64.b64encode(text.encode()).decode() for text in (word, f"\0kijitora\0{word}"))
+            secrets.update((word, *forms) if word != "wrong" else forms)  # the servers say that word
+        for (offer, says, tried, wanted, *words), peer, ([replies], _) in zip(cases, peers, side_by_side(*jobs)):
+            with self.subTest(offer, says=says, words=words):
                 self.assertEqual(told(replies), [wanted])
                 commands = [line for line in peer.lines if line.startswith("AUTH")]
                 self.assertEqual(" ".join(line.split()[1] for line in commands), tried)
                 self.assertLessEqual(max(map(len, commands), default=0), 510)
                 self.assertEqual(len(peer.mails), wanted == FINE)
-                self.assertNotIn(word, str(replies))
-        lines, words = self.logged(), sorted({word for _, word, *_ in cases} - {"wrong"})
+                self.assertFalse([secret for secret in secrets if secret in str(replies)])
+        lines = self.logged()
         for line in ("> MAIL FROM:<kijitora@example.org>", "< 250 2.0.0 taken", "> ********"):
             self.assertIn(f"127.0.0.1 {line}", lines)
-        secrets = [
-            base64.b64encode(f"{user}{word}".encode()).decode() for word in words for user in ("", "\0kijitora\0")
-        ]
-        for text in ("Traceback", *words, *secrets):
-            self.assertEqual([line for line in lines if text in line], [])
+        self.assertEqual([line for line in lines if any(secret in line for secret in secrets)], [])
 
     def test_credentials_do_not_cross_a_network_in_clear(self) -> None:
         place = outside_address()
