@@ -5534,67 +5534,58 @@ class HostsOfADomain(unittest.TestCase):
 
 class PoliciesOfDomains(unittest.TestCase):
     def test_the_record(self):
-        for texts, wanted in (
-            (("v=STSv1; id=20160831085700Z;",), "20160831085700Z"),
-            (("v=STSv1;id=1",), "1"),
-            (("other", "v=STSv1; id=2;"), "2"),
-            (("v=STSv1; x=y; id=3; z=1",), "3"),
-            ((), ""),
-            (("v=STSv1; id=1;", "v=STSv1; id=2;"), ""),
-            (("v=STSv1; id=;",), ""),
-            (("v=STSv1; id=a-b;",), ""),
-            (("v=STSv1;",), ""),
-            (("v=STSv2; id=1;",), ""),
-            (("v=STSv10; id=1;",), ""),
-        ):
+        for wanted, *texts in (
+            ("20160831085700Z", "v=STSv1; id=20160831085700Z;"), ("1", "v=STSv1;id=1"),
+            ("2", "other", "v=STSv1; id=2;"), ("3", "v=STSv1; x=y; id=3; z=1"),
+            ("",), ("", "v=STSv1; id=1;", "v=STSv1; id=2;"), ("", "v=STSv1; id=;"), ("", "v=STSv1; id=a-b;"),
+            ("", "v=STSv1;"), ("", "v=STSv2; id=1;"), ("", "v=STSv10; id=1;"),
+        ):  # fmt: skip
             with self.subTest(texts):
-                self.assertEqual(haineko.mta_sts_id(texts), wanted)
+                self.assertEqual(haineko.mta_sts_id(tuple(texts)), wanted)
 
     def test_the_text(self):
         good = "version: STSv1\r\nmode: enforce\r\nmx: MX1.example.\r\nmx: *.example.net\r\nmax_age: 604800\r\n"
         policy = haineko.MTASTSPolicy("enforce", ("mx1.example", "*.example.net"), 604800)
-        for what, text, wanted in (
-            ("whole", good, policy),
-            ("LF", good.replace("\r\n", "\n") + "\n", policy),
-            ("no end of line", good.rstrip(), policy),
-            ("unknown keys", good + "nyan: 1\n", policy),
-            ("a key twice: the first counts", good + "mode: none\n", policy),
-            ("max_age over the top", good.replace("604800", "9999999999"), policy._replace(max_age=31557600)),
-            ("none needs no host", "version:STSv1\nmode:none\nmax_age:1", haineko.MTASTSPolicy("none", (), 1)),
-            ("no version", good.replace("version", "x"), None),
-            ("another version", good.replace("STSv1", "STSv2"), None),
-            ("no mode", good.replace("mode", "x"), None),
-            ("an odd mode", good.replace("enforce", "perhaps"), None),
-            ("no host", good.replace("mx:", "x:"), None),
-            ("no max_age", good.replace("max_age", "x"), None),
-            ("an odd max_age", good.replace("604800", "-1"), None),
-            ("HTML", "<html>", None),
-            ("nothing", "", None),
-        ):
-            with self.subTest(what):
-                if wanted:
-                    self.assertEqual(haineko.parse_mta_sts_policy(text), wanted)
-                else:
-                    self.assertRaises(ValueError, haineko.parse_mta_sts_policy, text)
-
-    def test_hosts(self):
+        for text, wanted in (
+            (good, policy), (good.replace("\r\n", "\n") + "\n", policy), (good.rstrip(), policy),
+            (good + "nyan: 1\n", policy), (good + "mode: none\n", policy),  # of a key twice, the first counts
+            (good.replace("604800", "9999999999"), policy._replace(max_age=31557600)),
+            ("version:STSv1\nmode:none\nmax_age:1", haineko.MTASTSPolicy("none", (), 1)),
+        ):  # fmt: skip
+            with self.subTest(text):
+                self.assertEqual(haineko.parse_mta_sts_policy(text), wanted)
+        for old, new in (
+            ("version", "x"), ("STSv1", "STSv2"), ("mode", "x"), ("enforce", "perhaps"), ("mx:", "x:"),
+            ("max_age", "x"), ("604800", "-1"), (good, "<html>"), (good, ""),
+        ):  # fmt: skip
+            with self.subTest(old, new=new):
+                self.assertRaises(ValueError, haineko.parse_mta_sts_policy, good.replace(old, new))
         for mode, host, admitted in (
-            ("enforce", "mx1.example", True),
-            ("enforce", "a.example.net", True),
-            ("enforce", "example.net", False),
-            ("enforce", "a.b.example.net", False),
-            ("enforce", "mx2.example", False),
-            ("testing", "mx2.example", True),
+            ("enforce", "mx1.example", True), ("enforce", "a.example.net", True), ("enforce", "example.net", False),
+            ("enforce", "a.b.example.net", False), ("enforce", "mx2.example", False), ("testing", "mx2.example", True),
             ("none", "mx2.example", True),
-        ):
+        ):  # fmt: skip
             with self.subTest(mode, host=host):
-                policy = haineko.MTASTSPolicy(mode, ("mx1.example", "*.example.net"), 60)
-                self.assertEqual(policy.allows(host), admitted)
+                self.assertEqual(policy._replace(mode=mode).allows(host), admitted)
 
 
 # ======================================================================================================================
 # 11. Web sessions
 # ======================================================================================================================
+
+
+def endless(first: bytes, more: bytes, pause: float) -> HttpPeer:
+    """An HTTP server whose answer never comes to an end: `first`, then `more` again and again."""
+
+    def answer(asked: Asked) -> str:
+        [sock] = peer.open
+        sock.sendall(first)
+        while not peer.over.wait(pause):
+            sock.sendall(more)
+        return "close"
+
+    peer = HttpPeer(answer)
+    return peer
 
 
 class WebSessions(unittest.TestCase):
@@ -5606,45 +5597,38 @@ class WebSessions(unittest.TestCase):
                 relayed(composed_job(web_route(mailer, peer.url)), times=4)
                 self.assertEqual([asked.line for asked in peer.asked], [1, 1, 1, 1])
 
-    def test_chunked_and_closing_answers(self):
-        body = b'{"MessageId": "1"}'
-        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n0\r\n\r\n" % (
-            len(body),
-            body,
-        )
-        closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body
-        for what, wire, lines in (("chunked", chunked, [1, 1]), ("closing", closing, [1, 2])):
-            with self.subTest(what), HttpPeer(lambda asked, wire=wire: wire) as peer:
+    def test_forms_of_answers(self):
+        body, head = b'{"MessageId": "1"}', b"HTTP/1.1 200 OK\r\n"
+        final = on_the_wire(200, body)
+        for wire, lines in (
+            (head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body), [1, 1]),
+            (head + b"Connection: close\r\n\r\n" + body, [1, 2]),
+            (b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + final, [1, 1]),
+            (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 3 + final, [1, 1]),
+        ):
+            with self.subTest(wire), HttpPeer(lambda asked, wire=wire: wire) as peer:
                 replies = relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
                 self.assertEqual([said.code for (said,) in replies], ["250", "250"])
                 self.assertEqual([asked.line for asked in peer.asked], lines)
 
-    def test_a_kept_connection_that_was_closed_is_replaced(self):
+    def test_a_kept_connection_that_was_closed_is_replaced_but_not_once_the_request_was_sent(self):
+        def hang_up() -> None:
+            peer.hang_up()
+            eventually(lambda: not peer.open)
+
         with HttpPeer(as_mandrill) as peer:
-            job = composed_job(web_route("Mandrill", peer.url))
-
-            def hang_up() -> None:
-                peer.hang_up()
-                eventually(lambda: not peer.open)
-
-            replies = relayed(job, times=3, between=hang_up)
+            replies = relayed(composed_job(web_route("Mandrill", peer.url)), times=3, between=hang_up)
             self.assertEqual([said.code for (said,) in replies], ["250"] * 3)
             self.assertEqual([asked.line for asked in peer.asked], [1, 2, 3])
-
-    def test_a_kept_connection_is_not_replaced_once_the_request_was_sent(self):
-        def answer(asked):
-            return as_mandrill(asked) if len(peer.asked) == 1 else "close"
-
-        with HttpPeer(answer) as peer:
+        with HttpPeer(lambda asked: "close" if peer.asked[1:] else as_mandrill(asked)) as peer:
             (first,), (second,) = relayed(composed_job(web_route("Mandrill", peer.url)), times=2)
             self.assertEqual((first.code, second.code, second.maybe_delivered), ("250", "451", True))
             self.assertEqual(len(peer.asked), 2)
 
     def test_idle_connections_are_closed_and_bounded(self):
-        async def story(route, peer) -> None:
-            web = haineko.HTTPConnectionPool()
+        async def story(route) -> None:
+            web, target = haineko.HTTPConnectionPool(), haineko.HTTPTarget.of_route(route)
             call = haineko.HTTPRequest("GET", "/v3/scopes", headers=haineko.bearer_header(route))
-            target = haineko.HTTPTarget.of_route(route)
             await asyncio.gather(*[web.request(target, call) for _ in range(5)])
             self.assertEqual((peer.lines, len(web.idle[target])), (5, 5))
             web.MAX_IDLE = 2
@@ -5657,16 +5641,13 @@ class WebSessions(unittest.TestCase):
             self.assertEqual(web.idle, {})
 
         with HttpPeer(as_sendgrid) as peer:
-            haineko.run(story(web_route("SendGrid", peer.url), peer))
+            haineko.run(story(web_route("SendGrid", peer.url)))
 
     def test_messages_by_others_go_to_another_haineko_as_they_are(self):
-        head = "From: a@example.org\nTo: b@example.jp\nSubject: x\nMIME-Version: 1.0\n"
-        for more in (
-            'Content-Type: text/plain; charset="utf-8"\nContent-Transfer-Encoding: 7bit\n',
-            "Content-Type: text/plain; charset=utf-8\n",
-            "Content-Type: text/plain; charset=UTF-8\nSubject: =?x-nyaa?B?bnlhYQ==?=\n",
-        ):
-            form = {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": f"{head}{more}\nMeow\n"}
+        head = "From: a@example.org\nTo: b@example.jp\nSubject: x\nMIME-Version: 1.0\nContent-Type: text/plain"
+        for more in ('"utf-8"\nContent-Transfer-Encoding: 7bit', "utf-8", "UTF-8\nSubject: =?x-nyaa?B?bnlhYQ==?="):
+            raw = f"{head}; charset={more}\n\nMeow\n"
+            form = {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw}
             call = haineko.haineko_request(composed_job(web_route("Haineko", "http://127.0.0.1:1"), form))
             self.assertIn("raw", json.loads(call.body), more)
             self.assertEqual(haineko.parse_submission(call.body)[1], [])
@@ -5675,30 +5656,13 @@ class WebSessions(unittest.TestCase):
         for head in ("From: a@example.org\nFrom: b@example.org\n", "From:\n"):
             form = {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": f"{head}Subject: x\n\nMeow\n"}
             with HttpPeer(lambda asked: (200, {"MessageId": "x"}, ())) as peer:
-                ((said,),) = relayed(composed_job(web_route("AmazonSES", peer.url), form))
+                said = first_reply(composed_job(web_route("AmazonSES", peer.url), form))
             self.assertEqual((said.code, said.dsn, len(peer.asked)), ("550", "5.6.3", 0), said)
-
-    def test_a_slow_cloud_delays_nobody_else(self):
-        async def story(slow, quick) -> float:
-            sessions, began = haineko.TransportContext(), time.monotonic()
-            took: list = []
-
-            async def timed(job) -> None:
-                await haineko.attempt_transaction(job, sessions)
-                took.append(time.monotonic() - began)
-
-            await and_closed(asyncio.gather(timed(slow), *[timed(quick) for _ in range(5)]), sessions)
-            return sorted(took)[4]
-
-        with HttpPeer(lambda asked: "hang") as hanging, HttpPeer(as_mandrill) as peer:
-            jobs = composed_job(web_route("Mandrill", hanging.url)), composed_job(web_route("Mandrill", peer.url))
-            self.assertLess(haineko.run(story(*jobs)), 0.9)
 
     def test_retries_wait_as_long_as_the_cloud_says(self):
         def answer(asked):
-            if len(peer.asked) == 1:
-                return 429, {"errors": [{"message": "slow"}]}, (("Retry-After", wait),)
-            return as_sendgrid(asked)
+            slow = 429, {"errors": [{"message": "slow"}]}, (("Retry-After", wait),)
+            return as_sendgrid(asked) if peer.asked[1:] else slow
 
         for wait, code, least in (("1", "250", 1.0), ("120", "451", 0.0)):
             with self.subTest(wait), HttpPeer(answer) as peer:
@@ -5712,57 +5676,30 @@ class WebSessions(unittest.TestCase):
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
 
     def test_a_kept_connection_that_dies_while_the_request_is_sent_is_replaced_once(self):
-        seen = []
+        class Resets(HttpPeer):
+            def _one(self, sock, stream, number: int) -> bool:
+                if number > 1 or not self.asked:
+                    return super()._one(sock, stream, number)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                return not self._line(stream)  # with a reset, in the middle of the body
 
-        def serve(listener) -> None:
-            for number in range(2):
-                sock, _ = listener.accept()
-                stream = sock.makefile("rb")
-                for turn in range(2):
-                    head = b"".join(iter(lambda stream=stream: HttpPeer._line(stream), b""))
-                    if number == 0 and turn == 1:
-                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                        break  # in the middle of the body, with a reset
-                    if not head:
-                        break
-                    stream.read(int(re.search(rb"(?i)content-length: *(\d+)", head)[1]))
-                    seen.append(number)
-                    sock.sendall(on_the_wire(200, [{"email": "mikeneko@example.jp", "status": "sent", "_id": "x"}]))
-                stream.close()
-                sock.close()
-
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.setsockopt(
-                socket.SOL_SOCKET, socket.SO_RCVBUF, 65536
-            )  # so that the request does not fit into buffers
-            threading.Thread(target=serve, args=(listener,), daemon=True).start()
-            route = web_route("Mandrill", f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5)
-            replies = relayed(composed_job(route, web_submission(body="y" * (8 << 20))), times=2)
-        self.assertEqual([said.code for (said,) in replies], ["250", "250"], replies)
-        self.assertEqual(seen, [0, 1])
-
-    def test_interim_responses_are_skipped(self):
-        body = b'{"MessageId": "1"}'
-        final = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-        for interim in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"):
-            with HttpPeer(lambda asked, interim=interim: interim * 3 + final) as peer:
-                replies = relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
-                self.assertEqual([said.code for (said,) in replies], ["250", "250"])
+        with Resets(as_mandrill) as peer:
+            peer.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # the body does not fit into buffers
+            job = composed_job(web_route("Mandrill", peer.url, timeout=5), web_submission(body="y" * (8 << 20)))
+            replies = relayed(job, times=2)
+            self.assertEqual([said.code for (said,) in replies], ["250", "250"], replies)
+            self.assertEqual([asked.line for asked in peer.asked], [1, 2])
 
     def test_answers_without_end_end_at_the_limit_or_the_deadline(self):
         head, chunked = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"
-        long = b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n"
-        for what, first, more, status in (
-            ("100 Continue", b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0),
-            ("103 Early Hints", b"", b"HTTP/1.1 103 x\r\nA: b\r\n\r\n", 0),
-            ("header fields", head, b"X: y\r\n", 0),
-            ("one header field", head + b"X: ", b"y", 0),
-            ("body", long, b"y", 200),
-            ("chunks", chunked, b"1\r\ny\r\n", 200),
-            ("trailers", chunked + b"0\r\n", b"X: y\r\n", 200),
-        ):
+        for first, more, status in (
+            (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0), (b"", b"HTTP/1.1 103 x\r\nA: b\r\n\r\n", 0),
+            (head, b"X: y\r\n", 0), (head + b"X: ", b"y", 0),
+            (head + b"Content-Length: 99999999999\r\n\r\n", b"y", 200), (chunked, b"1\r\ny\r\n", 200),
+            (chunked + b"0\r\n", b"X: y\r\n", 200),  # trailers
+        ):  # fmt: skip
             for pause, count in ((0.05, 1), (0.0, 4096)):
-                with self.subTest(what, pause=pause), Endless(first, more * count, pause) as peer:
+                with self.subTest(first, more=more, pause=pause), endless(first, more * count, pause) as peer:
                     target, pool = haineko.HTTPTarget(peer.url, 0.6, "Webhook"), haineko.HTTPConnectionPool()
                     began = time.monotonic()
                     try:
@@ -5773,99 +5710,45 @@ class WebSessions(unittest.TestCase):
                     self.assertLess(time.monotonic() - began, 3)
 
     def test_a_webhook_that_drips_is_given_up(self):
-        with Endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.05) as peer, HttpPeer(lambda asked: (204, "", ())) as good:
-            for url, limit, wanted in ((peer.url, 0.5, ("451", "Webhook")), (good.url, 5.0, ("250", "Webhook"))):
-                message, pool = haineko.Message((b"{}",)), haineko.HTTPConnectionPool()
-                item = haineko.QueueItem("Q" * 16, "event", "", "", 0.0, message)
+        with endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.05) as peer, HttpPeer(lambda asked: (204, "", ())) as good:
+            for url, limit, code in ((peer.url, 0.5, "451"), (good.url, 5.0, "250")):
+                began, pool = time.monotonic(), haineko.HTTPConnectionPool()
+                item = haineko.QueueItem("Q" * 16, "event", "", "", 0.0, haineko.Message((b"{}",)))
                 leased = haineko.LeasedRecipient(1, item, haineko.NewRecipient(url, f"{url}/x?y=1", 1, ""), 0)
-                began = time.monotonic()
                 reply = haineko.run(haineko.post_webhook(leased, b"secret", 0.0, pool, limit))
                 pool.sweep(everything=True)
-                self.assertEqual((reply.code, reply.mailer), wanted)
+                self.assertEqual((reply.code, reply.mailer), (code, "Webhook"))
                 self.assertLess(time.monotonic() - began, 3)
             self.assertEqual([(asked.method, asked.path) for asked in good.asked], [("POST", "/x?y=1")])
 
-
-class Endless:
-    """An HTTP server that never comes to an end: `first`, then `more` again and again."""
-
-    def __init__(self, first: bytes, more: bytes, pause: float) -> None:
-        self.first, self.more, self.pause, self.over = first, more, pause, threading.Event()
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError), self.listener.accept()[0] as sock:
-            sock.recv(65536)
-            sock.sendall(self.first)
-            while not self.over.wait(self.pause):
-                sock.sendall(self.more)
-
-    def __enter__(self) -> Endless:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.over.set()
-        self.thread.join(5)
-        self.listener.close()
-
-
-@unittest.skipUnless(shutil.which("openssl"), "needs openssl for certificates")
-class WebTls(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls) -> None:
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.certificate, cls.key = (os.path.join(folder.name, name) for name in ("cert.pem", "key.pem"))
-        words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-        words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", cls.key, "-out", cls.certificate]
-        subprocess.run(words, check=True, capture_output=True)
-        cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        cls.context.load_cert_chain(cls.certificate, cls.key)
-
     def test_the_certificate_is_checked(self):
-        for what, more, code, dsn in (
-            ("unknown authority", {}, "451", "4.7.5"),
-            ("known authority", {"ca_file": self.certificate}, "250", "2.0.0"),
-            ("not checked", {"tls_verify": False}, "250", "2.0.0"),
-        ):
-            with self.subTest(what), HttpPeer(as_amazonses, self.context) as peer:
-                route = web_route("AmazonSES", peer.url, timeout=5, **more)
-                replies = relayed(composed_job(route), times=2)
-                self.assertEqual([(said.code, said.dsn) for (said,) in replies], [(code, dsn)] * 2, replies)
-                self.assertEqual([asked.line for asked in peer.asked], [1, 1] if code == "250" else [])
-
-    def test_https_of_a_haineko(self):
-        with HttpPeer(as_haineko, self.context) as peer:
-            route = web_route("Haineko", host="127.0.0.1", port=peer.port, https=1, ca_file=self.certificate, timeout=5)
-            self.assertEqual(first_reply(composed_job(route)).code, "250")
-
-    def test_no_tls_there(self):
-        with HttpPeer(as_haineko) as peer:
-            route = web_route("Haineko", host="127.0.0.1", port=peer.port, https=1)
-            self.assertEqual(first_reply(composed_job(route))[:3], ("451", "4.7.5", "CONN"))
+        pem, tls = certificate(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(pem)
+        for mailer, context, options, good in (
+            ("AmazonSES", tls, {}, False), ("AmazonSES", tls, {"ca_file": pem}, True),
+            ("AmazonSES", tls, {"tls_verify": False}, True), ("Haineko", tls, {"ca_file": pem}, True),
+            ("Haineko", None, {"timeout": 1}, False),
+        ):  # fmt: skip
+            with self.subTest(mailer, options=options), HttpPeer(PEERS[mailer], context) as peer:
+                by_port = {"host": "127.0.0.1", "port": peer.port, "https": 1}
+                more = {**({"url": peer.url} if mailer == "AmazonSES" else by_port), "timeout": 5, **options}
+                replies = relayed(composed_job(web_route(mailer, **more)), times=2)
+                wanted = ("250", "2.0.0", "DATA") if good else ("451", "4.7.5", "CONN")
+                self.assertEqual([said[:3] for (said,) in replies], [wanted] * 2)
+                lines = [asked.line for asked in peer.asked if asked.method == "POST"]  # a client's hello is no request
+                self.assertEqual(lines, [1, 1] if good else [])
 
 
 # ======================================================================================================================
 # 12. Signatures
 # ======================================================================================================================
 
-
-RFC8463_MESSAGE = b"""\
-From: Joe SixPack <joe@football.example.com>
-To: Suzie Q <suzie@shopping.example.net>
-Subject: Is dinner ready?
-Date: Fri, 11 Jul 2003 21:00:37 -0700 (PDT)
-Message-ID: <20030712040037.46341.5F8J@football.example.com>
-
-Hi.
-
-We lost the game.  Are you hungry yet?
-
-Joe.
-""".replace(b"\n", b"\r\n")
+RFC8463_MESSAGE = (
+    b"From: Joe SixPack <joe@football.example.com>\r\nTo: Suzie Q <suzie@shopping.example.net>\r\n"
+    b"Subject: Is dinner ready?\r\nDate: Fri, 11 Jul 2003 21:00:37 -0700 (PDT)\r\n"
+    b"Message-ID: <20030712040037.46341.5F8J@football.example.com>\r\n\r\n"
+    b"Hi.\r\n\r\nWe lost the game.  Are you hungry yet?\r\n\r\nJoe.\r\n"
+)
 
 
 def dkim_keys(*domains: str, key: str = RFC8463_KEY, selector: str = "s1") -> dict:
@@ -5896,41 +5779,31 @@ class Signatures(Folder, Peers):
             b"i=@football.example.com;\r\n q=dns/txt; s=brisbane; t=1528637909; h=from : to :\r\n subject : date : "
             b"message-id : from : subject : date;\r\n bh=2jUSOH9NhtVGCQWNr9BrIAPreKQjO6Sn7XIkfJVOzv8=;\r\n b="
         )
-        data = b"\r\n".join(map(haineko._relaxed_field, [*head.split(b"\r\n"), field]))
-        self.assertEqual(
-            base64.b64encode(key.sign(hashlib.sha256(data).digest())).decode(),
-            "/gCrinpcQOoIfuHNQIbq4pgh9kyIK3AQUdt9OdqQehSwhEIug4D11BusFa3bT3FY5OsU7ZbnKELq+eXdp1Q1Dw==",
-        )
+        data = hashlib.sha256(b"\r\n".join(map(haineko._relaxed_field, [*head.split(b"\r\n"), field]))).digest()
+        wanted = b"/gCrinpcQOoIfuHNQIbq4pgh9kyIK3AQUdt9OdqQehSwhEIug4D11BusFa3bT3FY5OsU7ZbnKELq+eXdp1Q1Dw=="
+        self.assertEqual(base64.b64encode(key.sign(data)), wanted)
 
     def test_known_answers(self) -> None:
         """RSA: what `openssl dgst -sha256 -sign` makes of it; fields: at a fixed time, as dkimpy found them good."""
         key = haineko.PrivateKey(TEST_RSA_KEY.encode())
-        self.assertEqual(haineko.rsa_bits(key.public), 2048)
-        self.assertEqual(
-            hashlib.sha256(key.sign(b"Nyaa")).hexdigest(),
-            "2ffccef5897eb56e4ffdef2dcab77d31fad83edefcace4782529f8716d18f872",
-        )
+        digest = hashlib.sha256(key.sign(b"Nyaa")).hexdigest()
+        wanted = 2048, "2ffccef5897eb56e4ffdef2dcab77d31fad83edefcace4782529f8716d18f872"
+        self.assertEqual((haineko.rsa_bits(key.public), digest), wanted)
         for pem, wanted in (
             (RFC8463_KEY, "5862b82f0deb2a2fbac216f404f5d0aa5d27dcdb4c376970ffe4e96f3bde5daa"),
             (TEST_RSA_KEY, "6fba1db93f938f37f541202226ce628062a30820db8a62b408ddb35e43932b0c"),
         ):
-            private = haineko.PrivateKey(pem.encode())
-            key = haineko.DkimKey("s1", "", "football.example.com", private)
+            key = haineko.DkimKey("s1", "", "football.example.com", haineko.PrivateKey(pem.encode()))
             field = haineko.dkim_signature(RFC8463_MESSAGE, key, 1528637909)
-            with self.subTest(wanted):
-                self.assertEqual(hashlib.sha256(field).hexdigest(), wanted)
-                self.assertTrue(all(len(line) <= 78 for line in field.split(b"\r\n")))
+            self.assertEqual(hashlib.sha256(field).hexdigest(), wanted)
+            self.assertTrue(all(len(line) <= 78 for line in field.split(b"\r\n")))
 
     def test_canonical_forms(self) -> None:
         for body, wanted in (
-            (b"", b""),
-            (b"\r\n\r\n", b""),
-            (b" \t\r\n \r\n", b""),
+            (b"", b""), (b"\r\n\r\n", b""), (b" \t\r\n \r\n", b""),
             (b" C \r\nD \t E\r\n\r\n\r\n", b" C\r\nD E\r\n"),  # RFC 6376 3.4.5
-            (b"no end", b"no end\r\n"),
-            (b"end \t", b"end\r\n"),
-            (b".\r\n..\r\n", b".\r\n..\r\n"),
-        ):
+            (b"no end", b"no end\r\n"), (b"end \t", b"end\r\n"), (b".\r\n..\r\n", b".\r\n..\r\n"),
+        ):  # fmt: skip
             with self.subTest(body):
                 self.assertEqual(haineko._relaxed_body(body), wanted)
         for line, wanted in ((b"A: X", b"a:X"), (b"B : Y\t\r\n\tZ  ", b"b:Y Z"), (b"C:", b"c:")):
@@ -5941,12 +5814,10 @@ class Signatures(Folder, Peers):
         locked = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIG7\n-----END ENCRYPTED PRIVATE KEY-----\n"
         for pem, words in (
             (small, "RSA key of 2048 bits or more"),
-            (b"", "expected a PEM private key"),
-            (b"n-y-a-a", "expected a PEM private key"),
-            (locked, "expected a PEM private key"),
+            *((octets, "expected a PEM private key") for octets in (b"", b"n-y-a-a", locked)),
             (TEST_CERTIFICATE.encode(), "expected an Ed25519 key, or an RSA key"),
         ):
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+            with self.subTest(pem), self.assertRaisesRegex(ValueError, words):
                 haineko.PrivateKey(pem)
 
     def test_settings(self) -> None:
@@ -5959,22 +5830,21 @@ class Signatures(Folder, Peers):
         self.assertEqual((key.selector, key.domain, key.private.is_ed25519), ("s1", "example.org", True))
         self.assertIn(os.path.join(self.folder, "s1.pem"), [name for name, _ in found.files])
         self.assertEqual(haineko.redacted(found)["dkim"], {"example.org": {"selector": "s1", "key": "********"}})
-        for section, mode, wanted in (
-            ({".example.org": by_file}, 0o600, ["dkim..example.org: expected a domain"]),
-            ({"a.jp": {"key": by_file["key"]}}, 0o600, ["dkim.a.jp.selector: expected a selector"]),
-            ({"a.jp": {**by_file, "selector": "a b"}}, 0o600, ['dkim.a.jp.selector: expected a selector, got "a b"']),
-            ({"a.jp": {"selector": "s"}}, 0o600, ["dkim.a.jp.key: expected a PEM private key without a passphrase"]),
-            ({"a.jp": {**by_file, "key": {"file": "no.pem"}}}, 0o600, ["dkim.a.jp.key.file: no.pem: No such file"]),
-            ({"a.jp": {**by_file, "key": {"env": "NYAA_"}}}, 0o600, ["dkim.a.jp.key.env: no environment variable"]),
-            ({"a.jp": {**by_file, "key": 1}}, 0o600, ["dkim.a.jp.key: expected a string, got a number"]),
-            (dkim_keys("a.jp"), 0o644, [f"{path}: holds secrets and can be read by everybody"]),
-            (dkim_keys("a.jp"), 0o600, []),
+        for section, words, *mode in (
+            ({".example.org": by_file}, "dkim..example.org: expected a domain"),
+            ({"a.jp": {"key": by_file["key"]}}, "dkim.a.jp.selector: expected a selector"),
+            ({"a.jp": {**by_file, "selector": "a b"}}, 'dkim.a.jp.selector: expected a selector, got "a b"'),
+            ({"a.jp": {"selector": "s"}}, "dkim.a.jp.key: expected a PEM private key without a passphrase"),
+            ({"a.jp": {**by_file, "key": {"file": "no.pem"}}}, "dkim.a.jp.key.file: no.pem: No such file"),
+            ({"a.jp": {**by_file, "key": {"env": "NYAA_"}}}, "dkim.a.jp.key.env: no environment variable"),
+            ({"a.jp": {**by_file, "key": 1}}, "dkim.a.jp.key: expected a string, got a number"),
+            (dkim_keys("a.jp"), f"{path}: holds secrets and can be read by everybody", 0o644),
+            (dkim_keys("a.jp"), ""),
         ):
-            with self.subTest(section, mode=oct(mode)):
-                faults = haineko.load_settings(self.write("haineko.json", {"dkim": section}, mode))[1]
-                self.assertEqual(len(faults), len(wanted), faults)
-                for fault, words in zip(faults, wanted):
-                    self.assertTrue(fault.startswith(words), fault)
+            with self.subTest(section, mode=mode):
+                faults = haineko.load_settings(self.write("haineko.json", {"dkim": section}, *mode))[1]
+                self.assertEqual(len(faults), bool(words), faults)
+                self.assertTrue("".join(faults).startswith(words), faults)
 
     def test_a_python_without_libcrypto_says_so(self) -> None:
         haineko.libcrypto.cache_clear()
@@ -5984,64 +5854,35 @@ class Signatures(Folder, Peers):
         with patched(haineko, LIBCRYPTO=("nyaa_no_such_function",)):
             self.assertEqual(haineko.load_settings(path)[1], [words])
 
-    def test_a_shared_message_is_signed_once(self) -> None:
-        class CountingKey(haineko.PrivateKey):
-            count = 0
-
-            def sign(self, data: bytes) -> bytes:
-                CountingKey.count += 1
-                return super().sign(data)
-
-        with SmtpPeer() as one, SmtpPeer() as two:
-            force = settings(
-                mailertable={"a.example": esmtp(one), "b.example": esmtp(two)}, dkim=dkim_keys("example.org")
-            )
-            key = haineko.replace(force.dkim["example.org"], private=CountingKey(RFC8463_KEY.encode()))
-            mail = document(header={"to": "a@a.example, b@b.example"}, rcpt=None)
-            self.assertEqual(posted(mail, haineko.replace(force, dkim={"example.org": key}))[0], 200)
-            signatures = [signatures_of(peer.mails[0].text)[0]["b"] for peer in (one, two)]
-        self.assertEqual((CountingKey.count, len(set(signatures))), (1, 1))
-
     def test_who_signs(self) -> None:
         """By the domain of From, then those above it; one signature of a domain is enough."""
         keys = settings(dkim={**dkim_keys("example.org"), **dkim_keys("b.example.org", selector="s2")}).dkim
         old = b"DKIM-Signature: v=1; d=%b;\r\n s=x; b=AAAA\r\n"
-        for author, more, wanted in (
-            (b"a@example.org", b"", ("example.org", "s1")),
-            (b"A <a@EXAMPLE.org>", b"", ("example.org", "s1")),
-            (b"a@b.example.org", b"", ("b.example.org", "s2")),
-            (b"a@c.b.example.org", b"", ("b.example.org", "s2")),
-            (b"a@bexample.org", b"", None),
-            (b"a@org", b"", None),
-            (b"a@[127.0.0.1]", b"", None),
-            (b"nobody", b"", None),
-            (b"a@example.org", old % b"Example.org", None),
+        for author, more, *wanted in (
+            (b"a@example.org", b"", ("example.org", "s1")), (b"A <a@EXAMPLE.org>", b"", ("example.org", "s1")),
+            (b"a@b.example.org", b"", ("b.example.org", "s2")), (b"a@c.b.example.org", b"", ("b.example.org", "s2")),
+            (b"a@bexample.org", b""), (b"a@org", b""), (b"a@[127.0.0.1]", b""), (b"nobody", b""),
+            (b"a@example.org", old % b"Example.org"),
             (b"a@example.org", old % b"example.com", ("example.org", "s1")),
             (b"a@b.example.org", old % b"example.org", ("b.example.org", "s2")),
-        ):
+        ):  # fmt: skip
             with self.subTest(author, more=more):
                 octets = more + b"From: " + author + b"\r\nSubject: x\r\n\r\nNyaa\r\n"
                 mail = job(haineko.Route(), text=octets)._replace(dkim=keys)
                 found = signatures_of(haineko.run(haineko.sign_transaction(mail)).octets())
-                fresh = [(tags["d"], tags["s"]) for tags in found if tags["s"] != "x"]
-                self.assertEqual(fresh, [wanted] if wanted else [])
+                self.assertEqual([(tags["d"], tags["s"]) for tags in found if tags["s"] != "x"], wanted)
 
     def test_which_routes_sign(self) -> None:
         keys = settings(dkim=dkim_keys("example.org")).dkim
-        for route, wanted in (
-            ({}, 1),
-            ({"mailer": "MX"}, 1),
-            ({"dkim": False}, 0),
-            ({"host": "email-smtp.eu-west-1.amazonaws.com"}, 0),
-            ({"host": "EMAIL.AmazonAWS.com."}, 0),
-            ({"host": "amazonaws.com.example.jp"}, 1),
-            *(({"mailer": name}, 0) for name in haineko.RELAYS if name not in ("ESMTP", "MX")),
-        ):
+        for route, dkim, wanted in (
+            ({}, None, 0), ({}, keys, 1), ({"mailer": "MX"}, keys, 1), ({"dkim": False}, keys, 0),
+            ({"host": "email-smtp.eu-west-1.amazonaws.com"}, keys, 0), ({"host": "EMAIL.AmazonAWS.com."}, keys, 0),
+            ({"host": "amazonaws.com.example.jp"}, keys, 1),
+            *(({"mailer": name}, keys, 0) for name in haineko.RELAYS if name not in ("ESMTP", "MX")),
+        ):  # fmt: skip
             with self.subTest(route):
-                mail = job(haineko.Route(**route))._replace(dkim=keys)
-                signed = haineko.run(haineko.sign_transaction(mail))
+                signed = haineko.run(haineko.sign_transaction(job(haineko.Route(**route))._replace(dkim=dkim)))
                 self.assertEqual(len(signatures_of(signed.octets())), wanted)
-        self.assertEqual(signatures_of(haineko.run(haineko.sign_transaction(job(haineko.Route()))).octets()), [])
 
     def test_what_arrives(self) -> None:
         raw = "From: a@example.org\nSubject: 猫\nContent-Type: text/plain; charset=UTF-8\n\nにゃあ  \n.\nNyaa"
@@ -6049,26 +5890,24 @@ class Signatures(Folder, Peers):
         for changes, recipients in (
             ({}, 2),
             ({"header": {"list-id": "<a.example.org>", "list-unsubscribe": "<https://example.org/>"}}, 2),
-            ({"header": {"to": "a@example.jp, b@example.jp"}, "rcpt": None, "html": "<p>猫</p>"}, 1),
+            ({"header": {"to": "a@example.jp, b@b.example"}, "rcpt": None, "html": "<p>猫</p>"}, 2),
             ({"raw": raw}, 1),
         ):
-            for pem in (RFC8463_KEY, TEST_RSA_KEY):
-                with self.subTest(changes, key=pem[:40]):
+            for algorithm, pem in (("ed25519", RFC8463_KEY), ("rsa", TEST_RSA_KEY)):
+                with self.subTest(changes, algorithm=algorithm):
                     peer.mails.clear()
-                    force = settings(
-                        mailertable={"default": esmtp(peer)}, dkim=dkim_keys("example.org", key=pem), smtpd=FOUR
-                    )
+                    table = {"default": esmtp(peer), "b.example": esmtp(peer, retry=1)}  # two transactions share one
+                    force = settings(mailertable=table, dkim=dkim_keys("example.org", key=pem))
                     whole = document(**{"rcpt": ["a@example.jp", "b@example.jp"], **changes})
                     if "raw" in whole:
                         del whole["header"], whole["body"]
                     self.assertEqual(posted(whole, force)[0], 200)
                     self.assertEqual(len(peer.mails), recipients)
                     for mail in peer.mails:
-                        self.see_signature(mail.text, "rsa" if pem is TEST_RSA_KEY else "ed25519")
+                        self.see_signature(mail.text, algorithm)
 
     def see_signature(self, octets: bytes, algorithm: str) -> None:
-        self.assertTrue(octets.startswith(b"DKIM-Signature: v=1; "), octets[:80])
-        self.assertTrue(octets.isascii())
+        self.assertTrue(octets.startswith(b"DKIM-Signature: v=1; ") and octets.isascii(), octets[:80])
         head, _, body = octets.partition(b"\r\n\r\n")
         [tags] = signatures_of(octets)
         digest = base64.b64encode(hashlib.sha256(haineko._relaxed_body(body)).digest()).decode()
@@ -6099,87 +5938,13 @@ class Signatures(Folder, Peers):
         self.assertEqual(seen, wanted)
         self.assertNotIn("PRIVATE", server.log() + json.dumps(server.get("/conf")[1]))
 
-    def test_json_web_token(self) -> None:
-        key = haineko.PrivateKey(TEST_RSA_KEY.encode())
-        claims = {"iss": "cat@example.org", "iat": 1700000000, "exp": 1700003600}
-        token = haineko.sign_jwt(claims, key)
-        head, payload, signature = [base64.urlsafe_b64decode(part + "==") for part in token.split(".")]
-        self.assertNotRegex(token, r"[^A-Za-z0-9_.-]")
-        self.assertEqual((json.loads(head), json.loads(payload)), ({"alg": "RS256", "typ": "JWT"}, claims))
-        self.assertEqual(signature, key.sign(token.rpartition(".")[0].encode()))
-        self.assertEqual(
-            hashlib.sha256(token.encode()).hexdigest(),
-            "14cb0e0e5449a75f6cb688be34be2f235338cf754967725c7bcf3ecbe96bb9a1",
-        )
-
-
-FOUR = {"hostname": NAME, "max_rcpts_per_message": 4}
-
 
 # ======================================================================================================================
 # 13. OAuth2
 # ======================================================================================================================
 
 
-class OAuth2Settings(Folder):
-    """`oauth2` of a login, and what follows from it."""
-
-    def test_faults(self):
-        self.write("account.json", {"client_email": "x", "private_key": "none"})
-        self.write("open.json", {}, 0o644)
-        for oauth2, fault in (
-            ({"provider": "microsft"}, '.provider: unknown provider "microsft"; did you mean "microsoft"?'),
-            ({"provider": "microsoft", "client_id": "i", "client_secret": "s"}, ".tenant: oauth2 needs it"),
-            ({"provider": "google", "client_secret": "s"}, ".client_id: oauth2 needs it"),
-            ({"provider": "google", "client_id": "i"}, ".client_secret: oauth2 needs it"),
-            ({"client_id": "i", "client_secret": "s"}, ".provider: oauth2 needs it"),
-            ({"token_url": "ftp://x", "access_token": "t"}, ".token_url: expected a URL"),
-            ({"provider": "microsoft", "tenant": "a/b", "access_token": "t"}, ".tenant: expected a host name"),
-            (
-                {"provider": "google", "client_id": "i", "refresh_token": {"file": "none"}},
-                ".refresh_token.file: none: No such",
-            ),
-            ({"access_token": {"env": "HAINEKO_NONE"}}, ".access_token.env: no environment variable"),
-            ({"service_account": "none"}, ".service_account.file: none: No such file"),
-            ({"service_account": "open.json"}, ".service_account.file: open.json: can be read by everybody"),
-            ({"service_account": "account.json"}, ".service_account: expected the JSON file of a Google"),
-            ({"client": "x"}, ".client: unknown key"),
-        ):
-            with self.subTest(oauth2):
-                login = {"key": {"username": "u", "oauth2": oauth2}}
-                faults = haineko.load_settings(self.write("haineko.json", {"authinfo": login}))[1]
-                self.assertTrue(faults[0].startswith(f"authinfo.key.oauth2{fault}"), faults)
-        faults = haineko.load_settings(
-            self.write("haineko.json", {"authinfo": {"key": {"oauth2": {"access_token": "t"}}}})
-        )[1]
-        self.assertEqual(faults, ["authinfo.key.username: oauth2 needs it"])
-
-    def test_what_the_provider_fills_in(self):
-        microsoft = {"provider": "microsoft", "tenant": "example.org", "client_id": "i", "client_secret": "s"}
-        google = {"provider": "google", "client_id": "i", "client_secret": "s", "refresh_token": "r"}
-        url = "https://login.microsoftonline.com/example.org/oauth2/v2.0/token"
-        for oauth2, mailer, wanted in (
-            (microsoft, "ESMTP", (url, "https://outlook.office365.com/.default")),
-            (
-                {**microsoft, "refresh_token": "r"},
-                "ESMTP",
-                (url, "https://outlook.office.com/SMTP.Send offline_access"),
-            ),
-            ({**microsoft, "scope": "x", "token_url": "http://127.0.0.1/t?a"}, "ESMTP", ("http://127.0.0.1/t?a", "x")),
-            (microsoft, "MSGraph", (url, "https://graph.microsoft.com/.default")),
-            (google, "ESMTP", ("https://oauth2.googleapis.com/token", "https://mail.google.com/")),
-            (google, "GmailAPI", ("https://oauth2.googleapis.com/token", "https://mail.google.com/")),
-        ):
-            with self.subTest(oauth2, mailer=mailer):
-                login = {"key": {"username": "u", "oauth2": oauth2}}
-                found = settings(authinfo=login, mailertable={"default": {"mailer": mailer, "auth": "key"}})
-                resolved = found.mailertable["default"].oauth2
-                self.assertEqual((resolved.token_url, resolved.scope), wanted)
-
-
-class TokenPeers(Folder, Peers):
-    """A test with token endpoints."""
-
+class OAuth2(Folder, Peers):
     def setUp(self) -> None:
         Peers.setUp(self)
         Folder.setUp(self)
@@ -6196,10 +5961,9 @@ class TokenPeers(Folder, Peers):
         return found.mailertable["default"]
 
     def provider(self, *said) -> HttpPeer:
-        """A token endpoint; the last answer holds for ever."""
-        said = list(said or [(200, {"access_token": "ya29.token", "expires_in": 3600})])
+        """A token endpoint; a text stands for an answer with that token, and the last answer holds for ever."""
+        said = [(200, {"access_token": item, "expires_in": 3600}) if type(item) is str else item for item in said]
         peer = HttpPeer(lambda asked: said.pop(0) if len(said) > 1 else said[0])
-        peer.__enter__()
         self.addCleanup(peer.__exit__)
         return peer
 
@@ -6211,21 +5975,59 @@ class TokenPeers(Folder, Peers):
     def asked(self, peer: HttpPeer) -> list:
         return [dict(urllib.parse.parse_qsl(item.body.decode())) for item in peer.asked]
 
+    def test_faults(self):
+        self.write("account.json", {"client_email": "x", "private_key": "none"})
+        self.write("open.json", {}, 0o644)
+        google = {"provider": "google", "client_id": "i"}
+        for oauth2, fault in (
+            ({"provider": "microsft"}, 'provider: unknown provider "microsft"; did you mean "microsoft"?'),
+            ({"provider": "microsoft", "client_id": "i", "client_secret": "s"}, "tenant: oauth2 needs it"),
+            ({"provider": "google", "client_secret": "s"}, "client_id: oauth2 needs it"),
+            (google, "client_secret: oauth2 needs it"),
+            ({"client_id": "i", "client_secret": "s"}, "provider: oauth2 needs it"),
+            ({"token_url": "ftp://x", "access_token": "t"}, "token_url: expected a URL"),
+            ({"provider": "microsoft", "tenant": "a/b", "access_token": "t"}, "tenant: expected a host name"),
+            ({**google, "refresh_token": {"file": "none"}}, "refresh_token.file: none: No such"),
+            ({"access_token": {"env": "HAINEKO_NONE"}}, "access_token.env: no environment variable"),
+            ({"service_account": "none"}, "service_account.file: none: No such file"),
+            ({"service_account": "open.json"}, "service_account.file: open.json: can be read by everybody"),
+            ({"service_account": "account.json"}, "service_account: expected the JSON file of a Google"),
+            ({"client": "x"}, "client: unknown key"),
+        ):
+            with self.subTest(oauth2):
+                login = {"key": {"username": "u", "oauth2": oauth2}}
+                faults = haineko.load_settings(self.write("haineko.json", {"authinfo": login}))[1]
+                self.assertTrue(faults[0].startswith(f"authinfo.key.oauth2.{fault}"), faults)
+        path = self.write("haineko.json", {"authinfo": {"key": {"oauth2": {"access_token": "t"}}}})
+        self.assertEqual(haineko.load_settings(path)[1], ["authinfo.key.username: oauth2 needs it"])
 
-class AccessTokens(TokenPeers):
-    """Tokens: fetched, kept, renewed."""
+    def test_what_the_provider_fills_in(self):
+        microsoft = {"provider": "microsoft", "tenant": "example.org", "client_id": "i", "client_secret": "s"}
+        google = {"provider": "google", "client_id": "i", "client_secret": "s", "refresh_token": "r"}
+        url, outlook = "https://login.microsoftonline.com/example.org/oauth2/v2.0/token", "https://outlook.office"
+        google_url, here = "https://oauth2.googleapis.com/token", "http://127.0.0.1/t?a"
+        for oauth2, mailer, *wanted in (
+            (microsoft, "ESMTP", url, f"{outlook}365.com/.default"),
+            ({**microsoft, "refresh_token": "r"}, "ESMTP", url, f"{outlook}.com/SMTP.Send offline_access"),
+            ({**microsoft, "scope": "x", "token_url": here}, "ESMTP", here, "x"),
+            (microsoft, "MSGraph", url, "https://graph.microsoft.com/.default"),
+            (google, "ESMTP", google_url, "https://mail.google.com/"),
+            (google, "GmailAPI", google_url, "https://mail.google.com/"),
+        ):
+            with self.subTest(oauth2, mailer=mailer):
+                login = {"key": {"username": "u", "oauth2": oauth2}}
+                found = settings(authinfo=login, mailertable={"default": {"mailer": mailer, "auth": "key"}})
+                resolved = found.mailertable["default"].oauth2
+                self.assertEqual([resolved.token_url, resolved.scope], wanted)
+
+    # -- tokens: fetched, kept, renewed
 
     def test_one_fetch_for_all_who_wait(self):
-        provider = self.provider()
-        route = self.route(provider)
-        tokens, found = self.cache(), []
+        provider = self.provider("ya29.token")
+        route, tokens, found, hops = self.route(provider), self.cache(), [], []
 
         async def one() -> None:
             found.append((await tokens.authorize(route)).credentials)
-
-        haineko.run(together(*[one() for _ in range(20)]))
-        self.assertEqual(found, [("neko", "ya29.token")] * 20)
-        tokens, provider.answer, hops = self.cache(), lambda _: (400, {}), []
 
         async def refused(host: str) -> None:
             try:
@@ -6233,6 +6035,9 @@ class AccessTokens(TokenPeers):
             except haineko.Rejected as rejected:
                 hops.append(rejected.reply.host)
 
+        haineko.run(together(*[one() for _ in range(20)]))
+        self.assertEqual(found, [("neko", "ya29.token")] * 20)
+        tokens, provider.answer = self.cache(), lambda _: (400, {})
         haineko.run(together(refused("a.example"), refused("b.example")))
         self.assertEqual((hops, len(provider.asked)), (["a.example", "b.example"], 2))
         form = {"grant_type": "client_credentials", "client_id": "app", "client_secret": "geheim-1", "scope": "s"}
@@ -6242,93 +6047,56 @@ class AccessTokens(TokenPeers):
 
     def test_when_it_is_renewed(self):
         date = (("Date", "Mon, 01 Jan 2001 00:00:00 GMT"),)  # a clock that is wrong
-        for lifetime, fresh, renewed in (
-            ({"expires_in": 3600}, 2999, 3001),
-            ({"expires_in": "3600"}, 2999, 3001),
-            ({"expires_in": 600}, 299, 301),
-            ({}, 299, 301),
-            ({"expires_in": None}, 299, 301),
-            ({"expires_in": 3600.5}, 2999, 3001),
-            ({"expires_in": 10}, 4.9, 5.1),
-            ({"expires_in": 0}, -1, 0),
-            ({"expires_in": -5}, -1, 0),
-            ({"expires_in": [1]}, -1, 0),
-        ):
+
+        async def at(now: float) -> None:
+            clock[0] = now
+            self.assertEqual((await tokens.token_for(route)).text, "ya29.token")
+
+        for lifetime, *times in (
+            ({"expires_in": 3600}, 2999, 3001), ({"expires_in": "3600"}, 2999, 3001), ({"expires_in": 600}, 299, 301),
+            ({}, 299, 301), ({"expires_in": None}, 299, 301), ({"expires_in": 3600.5}, 2999, 3001),
+            ({"expires_in": 10}, 4.9, 5.1), ({"expires_in": 0}, 0), ({"expires_in": -5}, 0), ({"expires_in": [1]}, 0),
+        ):  # fmt: skip
             with self.subTest(lifetime):
                 provider, clock = self.provider((200, {"access_token": "ya29.token", **lifetime}, date)), [0.0]
-                route, tokens = (
-                    self.route(provider),
-                    self.cache(lambda clock=clock: clock[0]),
-                )
-
-                async def at(now: float, tokens=tokens, route=route, clock=clock) -> None:
-                    clock[0] = now
-                    self.assertEqual((await tokens.token_for(route)).text, "ya29.token")
-
-                for now, count in ((0.0, 1), (fresh, 1), (renewed, 2)) if fresh > 0 else ((0.0, 1), (renewed, 2)):
+                route, tokens = self.route(provider), self.cache(lambda clock=clock: clock[0])
+                for now, count in zip((0, *times), (1, 1, 2) if times[1:] else (1, 2)):  # fresh, then renewed
                     haineko.run(at(now))
                     self.assertEqual(len(provider.asked), count)
 
     def test_one_that_still_holds_is_used_while_the_provider_fails(self):
-        provider = self.provider((200, {"access_token": "a", "expires_in": 3600}), (503, b"later"))
-        route, clock = self.route(provider), [0.0]
+        route, clock = self.route(self.provider("a", (503, b"later"))), [0.0]
         tokens = self.cache(lambda: clock[0])
-        for now, wanted in ((0.0, "a"), (3599.0, "a"), (3601.0, None)):
+        for now in (0.0, 3599.0):
             clock[0] = now
-            try:
-                found = haineko.run(tokens.token_for(route)).text
-            except haineko.Rejected as rejected:
-                found = None
-                self.assertIn("HTTP 503", rejected.reply.message[1])
-            self.assertEqual(found, wanted)
+            self.assertEqual(haineko.run(tokens.token_for(route)).text, "a")
+        clock[0] = 3601.0
+        with self.assertRaises(haineko.Rejected) as caught:
+            haineko.run(tokens.token_for(route))
+        self.assertIn("HTTP 503", caught.exception.reply.message[1])
 
     def test_what_a_provider_may_say(self):
-        long = "AADSTS7000215: Invalid client secret provided.\r\nTrace ID: 1\r\nTimestamp: 2026"
+        bad, secret = {"error": "invalid_client"}, "AADSTS7000215: Invalid client secret provided."
         with socket.create_server(("127.0.0.1", 0)) as listener:
             nobody = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        for what, said, words in (
-            (
-                "wrong tenant",
-                (400, {"error": "invalid_request", "error_description": "AADSTS90002: Tenant not found"}),
-                "invalid_request: AADSTS90002: Tenant not found",
-            ),
-            (
-                "expired secret",
-                (401, {"error": "invalid_client", "error_description": long}),
-                "invalid_client: AADSTS7000215: Invalid client secret provided.",
-            ),
-            ("revoked grant", (400, {"error": "invalid_grant"}), "invalid_grant"),
-            (
-                "repeats the secret",
-                (400, {"error": "invalid_client", "error_description": "geheim-1 is wrong"}),
-                "invalid_client: ******** is wrong",
-            ),
-            ("HTML", (200, b"<html>Log in"), "HTTP 200 OK, no access token in it"),
-            ("no token", (200, {"token_type": "Bearer"}), "HTTP 200 OK, no access token in it"),
-            ("an error with 200", (200, {"error": "slow_down"}), "slow_down"),
-            ("a list", (200, [1]), "HTTP 200 OK, no access token in it"),
-            ("a token with a line end", (200, {"access_token": "a\r\nb"}), "the access token is not one word of ASCII"),
-            ("a token that is a number", (200, {"access_token": 5}), "the access token is not one word of ASCII"),
-            (
-                "a redirection",
-                (302, b"", (("Location", "http://127.0.0.1/"),)),
-                "HTTP 302 Because, no access token in it",
-            ),
-            ("hangs", "hang", "timed out"),
-            ("drips", "drip", "timed out"),
-            ("hangs up", "close", "Remote end closed connection"),
-            ("nobody there", None, "Connection refused"),
-        ):
-            with self.subTest(what):
-                provider = nobody if said is None else self.provider(said)
-                hop = self.peer({}, "AUTH XOAUTH2")
-                began = time.monotonic()
-                ((reply,),) = carried(job(self.route(provider, hop, timeout=None)))
+        no_token, no_word = "HTTP 200 OK, no access token in it", "the access token is not one word of ASCII"
+        for said, words in (
+            ((401, {**bad, "error_description": f"{secret}\r\nTrace ID: 1"}), f"invalid_client: {secret}"),
+            ((400, {**bad, "error_description": "geheim-1 is wrong"}), "invalid_client: ******** is wrong"),
+            ((400, {"error": "invalid_grant"}), "invalid_grant"), ((200, {"error": "slow_down"}), "slow_down"),
+            ((200, b"<html>Log in"), no_token), ((200, {"token_type": "Bearer"}), no_token), ((200, [1]), no_token),
+            ((200, {"access_token": "a\r\nb"}), no_word), ((200, {"access_token": 5}), no_word),
+            ((302, b"", (("Location", "http://127.0.0.1/"),)), "HTTP 302 Because, no access token in it"),
+            ("hang", "timed out"), ("drip", "timed out"), ("close", "Remote end closed connection"),
+            (None, "Connection refused"),
+        ):  # fmt: skip
+            with self.subTest(said):
+                peer, hop = HttpPeer(lambda _, said=said: said), self.peer({}, "AUTH XOAUTH2")
+                began, provider = time.monotonic(), peer if said else nobody
+                with peer:
+                    ((reply,),) = carried(job(self.route(provider, hop)))
                 self.assertLess(time.monotonic() - began, 3)
-                self.assertEqual(
-                    (reply.code, reply.dsn, reply.command, reply.message[0]),
-                    ("454", "4.7.0", "AUTH", "No access token"),
-                )
+                self.assertEqual((*told([reply]), reply.message[0]), ("454 4.7.0 AUTH", "No access token"))
                 self.assertTrue(reply.route_fault and reply.temporary and not reply.maybe_delivered)
                 self.assertEqual((reply.mailer, reply.host, reply.port), ("ESMTP", hop.host, hop.port))
                 self.assertIn(words, reply.message[1])
@@ -6345,203 +6113,149 @@ class AccessTokens(TokenPeers):
         self.assertEqual((status, answer["response"][0]["message"]), (503, ["No access token", "invalid_grant"]))
 
     def test_refresh_tokens(self):
-        fine = {"access_token": "ya29.token", "expires_in": 0}
-        provider = self.provider((200, {**fine, "refresh_token": "new"}), (200, fine))
-        link, kept = os.path.join(self.folder, "link"), self.write("refresh", "old\n")
-        os.symlink(kept, link)
-        for source, told in (
-            ({"file": "link"}, ""),
-            ("old", "put the new one into the settings, ours may end"),
-        ):
+        fine, kept = {"access_token": "t", "expires_in": 0}, self.write("refresh", "old\n")
+        os.symlink(kept, link := os.path.join(self.folder, "link"))
+        said = (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
+        for source, last, words in (
+            ({"file": "link"}, "new", ""), ("old", "old", "put the new one into the settings, ours may end"),
+        ):  # fmt: skip
             with self.subTest(source):
-                provider = self.provider(
-                    (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
-                )
-                route, tokens = (
-                    self.route(provider, refresh_token=source),
-                    self.cache(),
-                )
+                provider, tokens = self.provider(*said), self.cache()
+                route = self.route(provider, refresh_token=source)
                 for _ in range(4):
                     with contextlib.suppress(haineko.Rejected):
                         haineko.run(tokens.token_for(route))
-                used = [form["refresh_token"] for form in self.asked(provider)]
-                self.assertEqual(used, ["old", "new", "new", "new" if isinstance(source, dict) else "old"])
-                self.assertEqual(self.asked(provider)[0]["grant_type"], "refresh_token")
-                lines = "".join(self.logged())
-                self.assertEqual("the provider replaced the refresh token of neko" in lines, bool(told))
-                self.assertIn(told, lines)
+                forms, lines = self.asked(provider), "".join(self.logged())
+                self.assertEqual([form["refresh_token"] for form in forms], ["old", "new", "new", last])
+                self.assertEqual(forms[0]["grant_type"], "refresh_token")
+                self.assertEqual("the provider replaced the refresh token of neko" in lines, bool(words))
+                self.assertIn(words, lines)
         with open(kept) as stream:
             self.assertEqual(stream.read(), "new\n")
         self.assertEqual((os.stat(kept).st_mode & 0o777, os.path.islink(link)), (0o600, True))
         self.assertEqual(sorted(os.listdir(self.folder)), ["haineko.json", "link", "refresh"])
-        self.assertIn(
-            "can't be written", haineko.save_refresh_token(haineko.OAuth2(refresh_token={"file": "/nowhere/x"}), "new")
-        )
+        nowhere = haineko.OAuth2(refresh_token={"file": "/nowhere/x"})
+        self.assertIn("can't be written", haineko.save_refresh_token(nowhere, "new"))
 
     def test_a_service_account(self):
         account = {"client_email": "bot@example.iam", "private_key": TEST_RSA_KEY, "type": "service_account"}
         self.write("account.json", account)
-        provider = self.provider()
+        provider, key = self.provider("ya29.token"), haineko.PrivateKey(TEST_RSA_KEY.encode())
         route = self.route(provider, service_account="account.json", client_id="", client_secret="", scope="")
         self.assertEqual(haineko.run(self.cache().token_for(route)).text, "ya29.token")
         (form,) = self.asked(provider)
         self.assertEqual(form["grant_type"], "urn:ietf:params:oauth:grant-type:jwt-bearer")
-        head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in form["assertion"].split("."))
-        claims = json.loads(claims)
-        self.assertEqual((json.loads(head)["alg"], len(signature)), ("RS256", 256))
-        self.assertEqual(
-            (claims["iss"], claims["sub"], claims["aud"]), ("bot@example.iam", "neko", route.oauth2.token_url)
-        )
-        self.assertEqual((claims["exp"] - claims["iat"], claims["scope"]), (3600, "https://mail.google.com/"))
-        self.assertLess(abs(claims["iat"] - time.time()), 60)
+        token = form["assertion"]
+        self.assertNotRegex(token, r"[^A-Za-z0-9_.-]")
+        head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in token.split("."))
+        self.assertEqual(json.loads(head), {"alg": "RS256", "typ": "JWT"})
+        self.assertEqual(signature, key.sign(token.rpartition(".")[0].encode()))
+        began = json.loads(claims)["iat"]
+        self.assertLess(abs(began - time.time()), 60)
+        wanted = {"iss": "bot@example.iam", "sub": "neko", "aud": route.oauth2.token_url, "iat": began}
+        wanted.update(scope="https://mail.google.com/", exp=began + 3600)
+        self.assertEqual(json.loads(claims), wanted)
 
     def test_a_token_by_a_command(self):
-        self.write(
-            "program", "#!/bin/sh\ntest -e sealed && { echo vault is sealed >&2; exit 1; }\necho ya29.token\n", 0o700
-        )
+        self.write("program", "#!/bin/sh\necho ya29.token\n", 0o700)
         route = self.route("http://127.0.0.1", access_token={"command": ["./program"]})
-        sealed = replace(
-            route, oauth2=replace(route.oauth2, access_token={"command": ["sh", "-c", "echo sealed >&2; exit 1"]})
-        )
+        sealed = replace(route.oauth2, access_token={"command": ["sh", "-c", "echo sealed >&2; exit 1"]})
         self.assertEqual(carried(job(route))[0][0].code, "250")
-        self.assertEqual(carried(job(sealed))[0][0].message, ("No access token", ".command: sh: sealed"))
+        message = carried(job(replace(route, oauth2=sealed)))[0][0].message
+        self.assertEqual(message, ("No access token", ".command: sh: sealed"))
 
-
-class TokenLogins(TokenPeers):
-    """XOAUTH2 and OAUTHBEARER."""
+    # -- XOAUTH2 and OAUTHBEARER
 
     def test_both_mechanisms(self):
+        """A line is at most 512 octets, of 5 + 7 + 1 + 4 * ceil((length + 24) / 3) + 2; a longer token is asked for."""
         for offer, length, inline, user in (
-            ("AUTH LOGIN XOAUTH2", 20, True, "neko@example.org"),
-            ("AUTH OAUTHBEARER PLAIN", 20, True, "ne,k=o"),
-            ("AUTH OAUTHBEARER XOAUTH2", 20, True, "neko"),
-            ("AUTH XOAUTH2", 4096, False, "neko"),
-            ("AUTH OAUTHBEARER", 4096, False, "neko"),
-        ):
+            ("AUTH LOGIN XOAUTH2", 20, True, "neko@example.org"), ("AUTH OAUTHBEARER PLAIN", 20, True, "ne,k=o"),
+            ("AUTH OAUTHBEARER XOAUTH2", 20, True, "neko"), ("AUTH OAUTHBEARER", 4096, False, "neko"),
+            *(("AUTH XOAUTH2", length, length < 349, "neko") for length in (333, 348, 349, 4096)),
+        ):  # fmt: skip
             with self.subTest(offer, length=length):
-                token = "t" * length
-                hop = self.peer({}, offer, logins={user: token})
-                provider = self.provider((200, {"access_token": token, "expires_in": 3600}))
+                hop, provider = self.peer({}, offer, logins={user: "t" * length}), self.provider("t" * length)
                 replies = carried(*[job(self.route(provider, hop, user))] * 2)
                 self.assertEqual([reply.code for (reply,) in replies], ["250", "250"])
-                command = next(line for line in hop.lines if line.startswith("AUTH"))
+                [command] = [line for line in hop.lines if line.startswith("AUTH")]
                 self.assertEqual(command.split()[1], "XOAUTH2" if "XOAUTH2" in offer else "OAUTHBEARER")
                 self.assertEqual(len(command.split()) == 3, inline)
-                self.assertEqual((len(hop.connections), len(provider.asked)), (1, 1))
-
-    def test_the_line_is_at_most_512_octets(self):
-        for length, inline in ((333, True), (348, True), (349, False)):  # 5 + 7 + 1 + 4 * ceil((length + 24) / 3) + 2
-            hop = self.peer({}, "AUTH XOAUTH2", logins={"neko": "t" * length})
-            with self.subTest(length):
-                provider = self.provider((200, {"access_token": "t" * length, "expires_in": 3600}))
-                self.assertEqual(carried(job(self.route(provider, hop)))[0][0].code, "250")
-                command = next(line for line in hop.lines if line.startswith("AUTH"))
-                self.assertEqual(" " in command[5:], inline)
                 self.assertLessEqual(len(command) + 2, 512)
+                self.assertEqual((len(hop.connections), len(provider.asked)), (1, 1))
 
     def test_a_token_that_is_refused_is_replaced_once_a_minute(self):
         for offer, answer in (("AUTH XOAUTH2", ""), ("AUTH OAUTHBEARER", "AQ==")):
             with self.subTest(offer):
-                hop = self.peer({}, offer, logins={"neko": "good"})
-                said = [(200, {"access_token": word, "expires_in": 3600}) for word in ("bad.token", "good")]
-                provider = self.provider(*said)
+                hop, provider = self.peer({}, offer, logins={"neko": "good"}), self.provider("bad.token", "good")
                 route = self.route(provider, hop)
                 self.assertEqual([reply.code for (reply,) in carried(job(route), job(route))], ["250", "250"])
-                self.assertEqual((hop.answers, len(provider.asked)), ([answer], 2))
-                self.assertEqual(len(hop.connections), 2)
-                hop = self.peer({}, offer, logins={"neko": "good"})
-                provider = self.provider((200, {"access_token": "still.bad", "expires_in": 3600}))
+                self.assertEqual((hop.answers, len(provider.asked), len(hop.connections)), ([answer], 2, 2))
+                hop, provider = self.peer({}, offer, logins={"neko": "good"}), self.provider("still.bad")
                 route = self.route(provider, hop)
-                for (reply,) in carried(job(route), job(route)):
-                    self.assertEqual((reply.code, reply.dsn, reply.command), ("535", "5.7.8", "AUTH"))
-                    self.assertEqual(reply.message, ("5.7.8 who are you?", '{"status": "401", "told": "********"}'))
-                    self.assertTrue(reply.route_fault)
+                for replies in carried(job(route), job(route)):
+                    self.assertEqual((told(replies), replies[0].route_fault), (["535 5.7.8 AUTH"], True))
+                    words = "5.7.8 who are you?", '{"status": "401", "told": "********"}'
+                    self.assertEqual(replies[0].message, words)
                 self.assertEqual((len(provider.asked), len(hop.connections)), (2, 3))
 
-    def test_a_challenge_that_has_a_part_in_common_with_the_token(self):
+    def test_servers_that_take_no_token(self):
         challenge = base64.b64encode(b'{"status": "401", "scope": "mail"}')
-        hop = self.peer({"AUTH": b"334 " + challenge + b"\r\n", "": b"535 5.7.8 no\r\n"}, "AUTH XOAUTH2")
-        provider = self.provider((200, {"access_token": challenge.decode().rstrip("=") + ".x", "expires_in": 3600}))
-        ((reply,),) = carried(job(self.route(provider, hop)))
-        self.assertEqual((reply.code, reply.message), ("535", ("5.7.8 no", '{"status": "401", "scope": "mail"}')))
+        alike = challenge.decode().rstrip("=") + ".x"  # a token that has a part in common with the challenge
+        for offer, last, wanted, fault, words in (
+            ("XOAUTH2", b"535 5.7.8 no\r\n", "535 5.7.8 AUTH", True, '{"status": "401", "scope": "mail"}'),
+            ("XOAUTH2", HANG_UP, "421 4.4.2 AUTH", False, "closed"),
+            ("LOGIN PLAIN CRAM-MD5", "", "454 4.7.0 AUTH", False, "XOAUTH2, OAUTHBEARER"),  # never by password
+        ):
+            with self.subTest(offer, last=last):
+                says = {"AUTH": b"334 " + challenge + b"\r\n", "": last} if last else {}
+                hop = self.peer(says, f"AUTH {offer}", logins={"neko": alike})
+                ((reply,),) = carried(job(self.route(self.provider(alike), hop)))
+                self.assertEqual((told([reply]), reply.route_fault), ([wanted], fault))
+                self.assertIn(words, reply.message[1])
+                self.assertEqual(any(line.startswith("AUTH") for line in hop.lines), bool(last))
 
-    def test_never_by_password(self):
-        hop = self.peer({}, "AUTH LOGIN PLAIN CRAM-MD5", logins={"neko": "ya29.token"})
-        ((reply,),) = carried(job(self.route(self.provider(), hop)))
-        self.assertEqual((reply.code, reply.dsn, reply.command), ("454", "4.7.0", "AUTH"))
-        self.assertIn("XOAUTH2, OAUTHBEARER", reply.message[1])
-        self.assertFalse([line for line in hop.lines if line.startswith("AUTH")])
-
-    def test_a_server_that_hangs_up_after_its_challenge(self):
-        hop = self.peer({"AUTH": b"334 eyJzdGF0dXMiOiI0MDEifQ==\r\n", "": HANG_UP}, "AUTH XOAUTH2")
-        ((reply,),) = carried(job(self.route(self.provider(), hop)))
-        self.assertEqual((reply.code, reply.command, reply.route_fault), ("421", "AUTH", False))
-
-    def test_no_token_without_tls(self):
+    def test_no_secret_goes_to_a_provider_without_tls(self):
         outside = outside_address()
         if not outside:
             self.skipTest("this machine has no address but loopback")
-        hop = self.enter_peer(SmtpPeer({}, ("AUTH XOAUTH2",), logins={"neko": "ya29.token"}, hosts=(outside,)))
-        ((reply,),) = carried(job(self.route(self.provider(), hop)))
-        self.assertEqual(reply.dsn, "4.7.11")
-        eventually(lambda: hop.lines[1:] == ["QUIT"])
-        reply = first_reply(job(self.route(f"http://{outside}:{hop.port}")))
+        with socket.create_server((outside, 0)) as listener:
+            reply = first_reply(job(self.route(f"http://{outside}:{listener.getsockname()[1]}")))
         self.assertIn("Credentials are not sent over a connection without TLS", reply.message[1])
-
-    def enter_peer(self, peer: SmtpPeer) -> SmtpPeer:
-        self.addCleanup(peer.close)
-        return peer
 
     def test_the_log_shows_mechanism_and_user_and_no_secret(self):
         haineko.log.devel = True
         self.addCleanup(setattr, haineko.log, "devel", False)
         token = "".join(chr(65 + i * 7 % 26) for i in range(4096))
+        provider = self.provider(token)
         for says in (
-            {},
-            {"AUTH": lambda _, line: f"535 5.7.8 {line}"},
-            {"AUTH": lambda _, line: f"535-5.7.8 {line[600:900]}\n535 {token[:3000]}"},
+            None,
+            lambda _, line: f"535 5.7.8 {line}",
+            lambda _, line: f"535-5.7.8 {line[600:900]}\n535 {token[:3000]}",
         ):
             for offer in ("AUTH XOAUTH2", "AUTH OAUTHBEARER"):
-                hop = self.peer(says, offer, logins={"neko": "other"})
-                ((reply,),) = carried(
-                    job(self.route(self.provider((200, {"access_token": token, "expires_in": 9})), hop))
-                )
-                lines = self.logged()
+                hop = self.peer({"AUTH": says}, offer, logins={"neko": "other"})
+                ((reply,),) = carried(job(self.route(provider, hop)))
+                lines, bearer = self.logged(), f"auth=Bearer {token}\1\1"
                 self.assertIn(f"127.0.0.1 > {offer} ******** as neko", lines)
-                told = "\n".join(lines) + "\n".join(reply.message)
-                forms = [
-                    base64.b64encode(item).decode()
-                    for item in (
-                        token.encode(),
-                        f"user=neko\1auth=Bearer {token}\1\1".encode(),
-                        f"n,a=neko,\1host={hop.host}\1port={hop.port}\1auth=Bearer {token}\1\1".encode(),
-                    )
-                ]
-                for form in (token, *forms, "geheim-1"):
+                whole = "\n".join((*lines, *reply.message))
+                forms = token, f"user=neko\1{bearer}", f"n,a=neko,\1host={hop.host}\1port={hop.port}\1{bearer}"
+                for form in (token, "geheim-1", *(base64.b64encode(item.encode()).decode() for item in forms)):
                     for start in range(0, len(form) - 8, 97):
-                        self.assertNotIn(form[start : start + 40], told)
+                        self.assertNotIn(form[start : start + 40], whole)
 
     def test_check_connect(self):
-        for said, words, ok in (
-            (
-                (200, {"access_token": "ya29.token", "expires_in": 3600, "scope": "a b"}),
-                "ends in 3[56]\\d\\d s, scope a b",
-                True,
-            ),
-            (
-                (400, {"error": "invalid_grant", "error_description": "AADSTS700082: expired"}),
-                "454 No access token: invalid_grant: AADSTS700082: expired",
-                False,
-            ),
+        well = 200, {"access_token": "ya29.token", "expires_in": 3600, "scope": "a b"}
+        expired = 400, {"error": "invalid_grant", "error_description": "AADSTS700082: expired"}
+        for said, words, *steps in (
+            (well, "ends in 3[56]\\d\\d s, scope a b", "TOKEN", "DNS", "TCP", "EHLO", "TLS", "AUTH"),
+            (expired, "454 No access token: invalid_grant: AADSTS700082: expired", "TOKEN"),
         ):
-            with self.subTest(ok):
+            with self.subTest(said):
                 route, sessions = self.route(self.provider(said)), haineko.TransportContext()
                 found = haineko.run(and_closed(haineko.run_probe(route, NAME, "", sessions), sessions))
-                steps = ["TOKEN", "DNS", "TCP", "EHLO", "TLS", "AUTH"] if ok else ["TOKEN"]
                 self.assertEqual([item.step for item in found], steps)
-                token = next(item for item in found if item.step == "TOKEN")
-                self.assertEqual(token.ok, ok)
-                self.assertRegex(token.text, words)
+                self.assertEqual(found[0].ok, said is well)
+                self.assertRegex(found[0].text, words)
 
 
 # ======================================================================================================================
@@ -6549,87 +6263,64 @@ class TokenLogins(TokenPeers):
 # ======================================================================================================================
 
 
-FINE = ("250", "2.0.0", "DATA")
-# what the server says, to three recipients (what it says, what each is told); the same with PIPELINING and without
-DIALOGUES = {
-    "well": ({}, [FINE] * 3),
-    "one of three refused": (
-        {"RCPT": refuses(b="550 5.1.1 nobody of that name")},
-        [FINE, ("550", "5.1.1", "RCPT"), FINE],
-    ),
-    "two for now": (
-        {"RCPT": refuses(a="452 4.2.2 full", c="450 later")},
-        [("452", "4.2.2", "RCPT"), FINE, ("450", None, "RCPT")],
-    ),
-    "all refused": ({"RCPT": "550 5.1.1 nobody"}, [("550", "5.1.1", "RCPT")] * 3),
-    "all refused, and DATA too": (
-        {"RCPT": "550 5.1.1 nobody", "DATA": "503 5.5.1 no recipient"},
-        [("550", "5.1.1", "RCPT")] * 3,
-    ),
-    "421 on the first RCPT": ({"RCPT": "421 4.3.2 closing"}, [("421", "4.3.2", "RCPT")] * 3),
-    "421 on the second": ({"RCPT": refuses(b="421 4.3.2 closing")}, [("421", "4.3.2", "RCPT")] * 3),
-    "refused, then 421": (
-        {"RCPT": refuses(a="550 5.1.1 no", b="421 4.3.2 closing")},
-        [("550", "5.1.1", "RCPT"), ("421", "4.3.2", "RCPT"), ("421", "4.3.2", "RCPT")],
-    ),
-    "252 to RCPT": ({"RCPT": "252 2.5.2 cannot verify"}, [FINE] * 3),
-    "251 to RCPT": ({"RCPT": "251 2.1.5 will forward"}, [FINE] * 3),
-    "251 after the dot": ({".": "251 2.6.0 forwarded"}, [("251", "2.6.0", "DATA")] * 3),
-    "no enhanced code": ({".": "250 ok"}, [("250", None, "DATA")] * 3),
-    "MAIL refused": ({"MAIL": "550 5.7.1 not you"}, [("550", "5.7.1", "MAIL")] * 3),
-    "MAIL refused for now": ({"MAIL": "452 4.3.1 no space"}, [("452", "4.3.1", "MAIL")] * 3),
-    "MAIL 421": ({"MAIL": "421 4.3.2 closing"}, [("421", "4.3.2", "MAIL")] * 3),
-    "DATA refused": (
-        {"RCPT": refuses(b="550 5.1.1 no"), "DATA": "554 5.5.1 no valid recipients"},
-        [("554", "5.5.1", "DATA"), ("550", "5.1.1", "RCPT"), ("554", "5.5.1", "DATA")],
-    ),
-    "DATA 421": ({"DATA": "421 4.3.2 closing"}, [("421", "4.3.2", "DATA")] * 3),
-    "text refused": (
-        {"RCPT": refuses(c="550 5.1.1 no"), ".": "552 5.3.4 too big"},
-        [("552", "5.3.4", "DATA"), ("552", "5.3.4", "DATA"), ("550", "5.1.1", "RCPT")],
-    ),
-    "text refused for now": ({".": "451 4.7.1 greylisted"}, [("451", "4.7.1", "DATA")] * 3),
-    "421 after the dot": ({".": "421 4.3.2 closing"}, [("421", "4.3.2", "DATA")] * 3),
-    "greeting 554": ({"CONN": "554 5.3.2 not today"}, [("554", "5.3.2", "CONN")] * 3),
-    "greeting 421": ({"CONN": "421 4.3.2 too busy"}, [("421", "4.3.2", "CONN")] * 3),
-    "EHLO 421": ({"EHLO": "421 4.3.2 too busy"}, [("421", "4.3.2", "EHLO")] * 3),
-    "EHLO and HELO refused": ({"EHLO": "502 what", "HELO": "550 5.7.1 no"}, [("550", "5.7.1", "EHLO")] * 3),
-    "a 3xx to RCPT": ({"RCPT": "354 go on"}, [("421", "4.5.0", "RCPT")] * 3),
-    "a 2xx to DATA": ({"DATA": "250 2.0.0 ok"}, [("421", "4.5.0", "DATA")] * 3),
-    "a 3xx after the dot": ({".": "354 more"}, [("421", "4.4.2", "DATA")] * 3),
-    "two codes in one reply": ({"MAIL": "250-one\n251 two"}, [("421", "4.5.0", "MAIL")] * 3),
-    "a code out of range": ({"MAIL": "650 6.0.0 no such code"}, [("421", "4.5.0", "MAIL")] * 3),
-}
+FINE = "250 2.0.0 DATA"
+LOGIN = {"auth": "x", "credentials": ("kijitora", "nyaa")}  # of a route
+LOGINS = {"kijitora": "nyaa"}  # of a peer
+# what the server says, and what each of three recipients is told, or all; the same with PIPELINING and without
+DIALOGUES = (
+    ({}, FINE),
+    ({"RCPT": refuses(b="550 5.1.1 nobody of that name")}, FINE, "550 5.1.1 RCPT", FINE),
+    ({"RCPT": refuses(a="452 4.2.2 full", c="450 later")}, "452 4.2.2 RCPT", FINE, "450 None RCPT"),
+    ({"RCPT": "550 5.1.1 nobody"}, "550 5.1.1 RCPT"),
+    ({"RCPT": "550 5.1.1 nobody", "DATA": "503 5.5.1 no recipient"}, "550 5.1.1 RCPT"),
+    ({"RCPT": "421 4.3.2 closing"}, "421 4.3.2 RCPT"), ({"RCPT": refuses(b="421 4.3.2 closing")}, "421 4.3.2 RCPT"),
+    ({"RCPT": refuses(a="550 5.1.1 no", b="421 4.3.2 bye")}, "550 5.1.1 RCPT", "421 4.3.2 RCPT", "421 4.3.2 RCPT"),
+    ({"RCPT": "252 2.5.2 cannot verify"}, FINE), ({"RCPT": "251 2.1.5 will forward"}, FINE),
+    ({".": "251 2.6.0 forwarded"}, "251 2.6.0 DATA"), ({".": "250 ok"}, "250 None DATA"),
+    ({"MAIL": "550 5.7.1 not you"}, "550 5.7.1 MAIL"), ({"MAIL": "452 4.3.1 no space"}, "452 4.3.1 MAIL"),
+    ({"MAIL": "421 4.3.2 closing"}, "421 4.3.2 MAIL"), ({"DATA": "421 4.3.2 closing"}, "421 4.3.2 DATA"),
+    ({"RCPT": refuses(b="550 5.1.1 no"), "DATA": "554 5.5.1 no valid recipients"},
+     "554 5.5.1 DATA", "550 5.1.1 RCPT", "554 5.5.1 DATA"),
+    ({"RCPT": refuses(c="550 5.1.1 no"), ".": "552 5.3.4 big"}, "552 5.3.4 DATA", "552 5.3.4 DATA", "550 5.1.1 RCPT"),
+    ({"RCPT": refuses(a="550 5.1.1 no"), "DATA": "rubbish"}, "550 5.1.1 RCPT", "421 4.5.0 DATA", "421 4.5.0 DATA"),
+    ({".": "451 4.7.1 greylisted"}, "451 4.7.1 DATA"), ({".": "421 4.3.2 closing"}, "421 4.3.2 DATA"),
+    ({"CONN": "554 5.3.2 not today"}, "554 5.3.2 CONN"), ({"CONN": "421 4.3.2 too busy"}, "421 4.3.2 CONN"),
+    ({"EHLO": "421 4.3.2 too busy"}, "421 4.3.2 EHLO"),
+    ({"EHLO": "502 what", "HELO": "550 5.7.1 no"}, "550 5.7.1 EHLO"),
+    ({"RCPT": "354 go on"}, "421 4.5.0 RCPT"), ({"DATA": "250 2.0.0 ok"}, "421 4.5.0 DATA"),
+    ({".": "354 more"}, "421 4.4.2 DATA"), ({"MAIL": "250-one\n251 two"}, "421 4.5.0 MAIL"),
+    ({"MAIL": "650 6.0.0 no such code"}, "421 4.5.0 MAIL"),
+    ({"MAIL": HANG_UP}, "421 4.4.2 MAIL"),  # a new session that dies is not replaced
+)  # fmt: skip
+
+
+def told(replies: list) -> list:
+    return [f"{item.code} {item.dsn} {item.command}" for item in replies]
 
 
 class SmtpSessions(Peers):
-    def told(self, replies: list) -> list:
-        return [(item.code, item.dsn, item.command) for item in replies]
-
     def test_every_recipient_is_told_what_the_server_said(self) -> None:
         for offers in ((), ("PIPELINING", "SIZE 1000000", "DSN")):
-            for name, (says, wanted) in DIALOGUES.items():
-                with self.subTest(name, offers=offers), SmtpPeer(says, offers) as peer:
+            for says, *wanted in DIALOGUES:
+                with self.subTest(says, offers=offers), SmtpPeer(says, offers) as peer:
                     [replies] = carried(job(peer, TO))
-                    self.assertEqual(self.told(replies), wanted)
+                    self.assertEqual(told(replies), wanted if wanted[1:] else wanted * 3)
                     self.assertEqual({(r.mailer, r.host, r.port) for r in replies}, {("ESMTP", "127.0.0.1", peer.port)})
                     self.assertEqual(len(peer.connections), 1)
-                    some = "DATA" in {command for _, _, command in wanted} and says.get("DATA", "354")[0] == "3"
-                    self.assertEqual(len(peer.mails), some)
+                    accepted = [to for to, item in zip(TO, replies) if item.command == "DATA"]
+                    self.assertTrue(offers or ("DATA" in peer.lines) == bool(accepted))
+                    sent = [(accepted, TEXT)] if accepted and says.get("DATA", "354")[0] == "3" else []
+                    self.assertEqual([(mail.recipients, mail.text) for mail in peer.mails], sent)
 
     def test_replies_that_came_together(self) -> None:
         ok, go = haineko.SMTPReply("250", "2.1.0", ("2.1.0 ok",)), haineko.SMTPReply("354", None, ("go on",))
         bye = haineko.SMTPReply("421", "4.3.2", ("4.3.2 bye", "see you"))
-        cases = [
-            (b"250 2.1.0 ok\r\n", (ok,), b""),
-            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b""),
-            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go"),
+        for octets, wanted, rest in (
+            (b"250 2.1.0 ok\r\n", (ok,), b""), (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b""),
+            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go"), (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b""),
             (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b""),
-            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n"),
-            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b""),
-            (b"25", (), b"25"),
-        ]
-        for octets, wanted, rest in cases:
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n"), (b"25", (), b"25"),
+        ):  # fmt: skip
             with self.subTest(octets):
                 session = haineko.Session(haineko.Route(), "here.example")
                 session._feed(octets)
@@ -6639,6 +6330,11 @@ class SmtpSessions(Peers):
         for octets in (b"rubbish\r\n250 ok\r\n", b"250-a\r\n251 b\r\n", b"x" * (haineko.MAX_LINE + 1)):
             with self.subTest(octets[:30]), self.assertRaises(haineko.ProtocolError):
                 haineko.parse_reply(octets)
+        session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
+        found = [session._feed(octets[i : i + 1]) or session._next_reply() for i in range(len(octets))]
+        self.assertEqual(found, [None] * (len(octets) - 1) + [haineko.parse_reply(octets)[0]])
+        session._feed(b"2" * (haineko.MAX_LINE + 1))
+        self.assertRaises(haineko.ProtocolError, session._next_reply)
 
     def test_the_code_of_a_reply_decides_whatever_its_text_is(self) -> None:
         for octets in (b"250\tok", b"250 a\rb", b"250 ok\r", b"250", b"250 \xff\x00", b"250 " + b"x" * 6000):
@@ -6647,25 +6343,16 @@ class SmtpSessions(Peers):
                 self.assertEqual((code, rest), ("250", b""))
                 self.assertTrue(line.isprintable() and len(line) <= haineko.MAX_TEXT + len("..."))
 
-    def test_a_reply_that_comes_in_single_octets_is_read_once(self) -> None:
-        session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
-        found = [session._feed(octets[i : i + 1]) or session._next_reply() for i in range(len(octets))]
-        self.assertEqual(found, [None] * (len(octets) - 1) + [haineko.parse_reply(octets)[0]])
-        session._feed(b"2" * (haineko.MAX_LINE + 1))
-        self.assertRaises(haineko.ProtocolError, session._next_reply)
-
-    def test_what_was_said_before_rubbish_counts(self) -> None:
-        peer = self.peer({"RCPT": refuses(a="550 5.1.1 no"), "DATA": "rubbish"}, "PIPELINING")
-        [replies] = carried(job(peer, TO))
-        self.assertEqual([(item.code, item.command) for item in replies], [("550", "RCPT"), *[("421", "DATA")] * 2])
-
-    def test_who_was_refused_does_not_stop_the_others(self) -> None:
-        for offers in ((), ("PIPELINING",)):
-            peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")}, *offers)
-            carried(job(peer, TO))
-            [(_, recipients, octets, _)] = peer.mails
-            self.assertEqual(recipients, ["RCPT TO:<a@example.jp>", "RCPT TO:<c@example.jp>"])
-            self.assertEqual(octets, TEXT)
+    def test_replies_are_read_in_linear_time(self) -> None:
+        for octets in (b"250-" + b"\r" * 65536 + b"x\n", b"250-" + b"\r" * 65536, b"250" + b"\t" * 65536 + b"x\n"):
+            began = time.perf_counter()
+            with contextlib.suppress(haineko.ProtocolError):
+                for end in range(4096, len(octets) + 4096, 4096):
+                    haineko.parse_reply(octets[:end])
+            self.assertLess(time.perf_counter() - began, 0.5)
+        for octet in (b"x", b"\r"):
+            line = b"250 " + octet * haineko.MAX_LINE + b"\r\n"
+            self.assertRaises(haineko.ProtocolError, haineko.parse_reply, line)
 
     def test_a_go_ahead_with_no_valid_recipient_gets_a_lone_dot(self) -> None:
         for says in ({"RCPT": "550 5.1.1 no"}, {"MAIL": "550 5.7.1 not you"}):
@@ -6675,112 +6362,68 @@ class SmtpSessions(Peers):
                 self.assertEqual({item.code for item in first}, {"550"})
                 self.assertEqual((peer.lone, peer.mails, len(peer.connections)), (2, [], 1))
 
-    def test_without_pipelining_no_text_is_begun_for_nobody(self) -> None:
-        peer = self.peer({"RCPT": "550 5.1.1 no"})
-        carried(job(peer, TO))
-        self.assertNotIn("DATA", peer.lines)
+    def test_with_pipelining_the_envelope_is_one_flight_and_the_text_waits_for_its_go_ahead(self) -> None:
+        def together(connection, line) -> None:
+            seen.append(connection.unread.count(b"\r\n"))
 
-    def test_the_text_waits_for_its_go_ahead(self) -> None:
-        def early(connection, line) -> str:
-            hasty.append(bool(connection.unread or select.select([connection.sock], [], [], 0.05)[0]))
-            return "354 go on"
-
-        for offers in ((), ("PIPELINING",)):
-            hasty: list = []
-            peer = self.peer({"DATA": early}, *offers)
-            carried(job(peer))
-            self.assertEqual(hasty, [False])
-            self.assertEqual(len(peer.mails), 1)
-
-    def test_with_pipelining_the_envelope_is_one_flight(self) -> None:
-        def together(connection, line) -> str:
-            flights.append(connection.unread.count(b"\r\n"))
-            return "250 2.1.0 ok"
+        def early(connection, line) -> None:
+            seen.append(bool(connection.unread or select.select([connection.sock], [], [], 0.05)[0]))
 
         for offers, wanted in (((), 0), (("PIPELINING",), 4)):
-            flights: list = []
-            carried(job(self.peer({"MAIL": together}, *offers), TO))
-            self.assertEqual(flights, [wanted])
+            seen: list = []
+            peer = self.peer({"MAIL": together, "DATA": early}, *offers)
+            carried(job(peer, TO))
+            self.assertEqual((seen, len(peer.mails)), ([wanted, False], 1))
 
     def test_many_recipients_are_cut_into_flights_that_fill_no_buffer(self) -> None:
         to = tuple(f"{name}{i}@example.jp" for i, name in enumerate("ab" * 400))
         peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")}, "PIPELINING")
         [replies] = carried(job(peer, to))
         self.assertEqual([item.code for item in replies], ["250", "550"] * 400)
-        self.assertEqual(len(peer.mails[0][1]), 400)
+        self.assertEqual(len(peer.mails[0].rcpt), 400)
 
     def test_all_lines_of_a_reply_are_handed_on(self) -> None:
         peer = self.peer({".": "250-2.0.0 one\n250-2.0.0 two\x1b[1m\n250 2.0.0 ok \N{SNOWMAN}"})
         [[said]] = carried(job(peer))
         self.assertEqual(said.message, ("2.0.0 one", "2.0.0 two?[1m", "2.0.0 ok \N{SNOWMAN}"))
 
-    def test_an_old_server_is_greeted_with_helo(self) -> None:
-        peer = self.peer({"EHLO": "502 5.5.1 what?"})
-        [[said]] = carried(job(peer))
-        self.assertEqual(said.code, "250")
-        self.assertEqual(peer.lines[:2], [f"ehlo {NAME}", f"helo {NAME}"])
-
-    def test_a_machine_without_a_domain_greets_with_its_address(self) -> None:
-        peer = self.peer({"EHLO": "502 5.5.1 what?"})
-        carried(job(peer)._replace(hostname=haineko.local_hostname("my_container")))
-        self.assertEqual(peer.lines[:2], ["ehlo [127.0.0.1]", "helo [127.0.0.1]"])
+    def test_names_in_ehlo_and_in_helo_to_an_old_server(self) -> None:
+        container, address = haineko.local_hostname("my_container"), "[127.0.0.1]"  # that of one without a domain
+        for hostname, name in ((NAME, NAME), (container, address), ("3f2a9c0d1e2b.localdomain", address)):
+            peer = self.peer({"EHLO": "502 5.5.1 what?"})
+            [[said]] = carried(job(peer, hostname=hostname))
+            self.assertEqual((said.code, peer.lines[:2]), ("250", [f"ehlo {name}", f"helo {name}"]))
 
     def test_parameters_are_those_that_are_offered(self) -> None:
-        mail, rcpt, size = "MAIL FROM:<kijitora@example.org>", "RCPT TO:<a@example.jp>", f" SIZE={len(TEXT)}"
-        cases = (
-            ((), mail, rcpt),
-            (("SIZE",), mail + size, rcpt),
-            (("DSN", "SIZE 5000000"), mail + size + " RET=FULL", rcpt + " NOTIFY=FAILURE,DELAY"),
-            (("8BITMIME",), mail, rcpt),
-        )
-        for offers, *wanted in cases:
-            with self.subTest(offers=offers):
-                peer = self.peer({}, *offers)
-                carried(job(peer))
-                self.assertEqual([peer.mails[0][0], *peer.mails[0][1]], wanted)
-
-    def test_eight_bit_text_goes_as_it_is_where_offered_and_is_encoded_elsewhere(self) -> None:
-        head = b"Content-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit\r\nMIME-Version: 1.0\r\n"
-        text = head + "Subject: Nya\r\n\r\nにゃあ\r\n".encode()
-        for offers in (("8BITMIME",), ()):
+        size = f" SIZE={len(TEXT)}"
+        for mail, rcpt, *offers in (
+            ("", ""), ("", "", "8BITMIME"), (size, "", "SIZE"),
+            (f"{size} RET=FULL", " NOTIFY=FAILURE,DELAY", "DSN", "SIZE 5000000"),
+        ):  # fmt: skip
             peer = self.peer({}, *offers)
-            [[said]] = carried(job(peer, text=text, eight=True))
-            self.assertEqual(said.code, "250")
-            sender, _, octets, _ = peer.mails[0]
-            self.assertEqual("BODY=8BITMIME" in sender, bool(offers))
-            self.assertEqual(octets == text, bool(offers))
-            self.assertEqual(octets.isascii(), not offers)
-            parsed = email.message_from_bytes(octets)
-            self.assertEqual(parsed.get_payload(decode=True).decode().rstrip(), "にゃあ")
+            carried(job(peer))
+            wanted = f"MAIL FROM:<kijitora@example.org>{mail}", [f"RCPT TO:<a@example.jp>{rcpt}"]
+            self.assertEqual(peer.mails[0][:2], wanted)
 
-    def test_dots_are_stuffed(self) -> None:
-        text = b".first\r\n.\r\n..two\r\nin.side\r\n.\r\n"
-        peer = self.peer()
-        carried(job(peer, text=text))
-        self.assertEqual(peer.mails[0][2], b"..first\r\n..\r\n...two\r\nin.side\r\n..\r\n")
+    def test_dots_are_stuffed_and_a_large_text_arrives_octet_for_octet(self) -> None:
+        large = b"Subject: large\r\n\r\n" + b"".join(b".%d\r\n" % i * 9 for i in range(30000))
+        for text in (b".first\r\n.\r\n..two\r\nin.side\r\n.\r\n", large):
+            peer = self.peer({}, "PIPELINING")
+            self.assertEqual(told(carried(job(peer, text=text))[0]), [FINE])
+            self.assertTrue(peer.mails[0].text == re.sub(rb"(?m)^\.", b"..", text))
 
-    def test_a_large_text_arrives_octet_for_octet(self) -> None:
-        text = b"Subject: large\r\n\r\n" + b"".join(b".%d\r\n" % i * 9 for i in range(30000))
-        peer = self.peer({}, "PIPELINING")
-        [[said]] = carried(job(peer, text=text))
-        self.assertEqual(said.code, "250")
-        self.assertTrue(re.sub(rb"(?m)^\.", b"", peer.mails[0][2]) == text)
-
+    @unittest.skipUnless(has_ipv6(), "no IPv6 here")
     def test_a_next_hop_by_ipv6(self) -> None:
-        try:
-            peer = self.peer({}, "AUTH PLAIN", hosts=("::1",), logins={"a": "b"})
-        except OSError as fault:
-            self.skipTest(f"no IPv6 here: {fault}")
-        self.assertEqual(self.told(carried(job(peer, auth="x", credentials=("a", "b")))[0]), [FINE])
+        peer = self.peer({}, "AUTH PLAIN", hosts=("::1",), logins=LOGINS)
+        self.assertEqual(told(carried(job(peer, **LOGIN))[0]), [FINE])
 
     # -- what goes wrong
 
     def test_nobody_listens(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        route = haineko.Route(host="127.0.0.1", port=port)
-        [replies] = carried(haineko.Transaction(route, NAME, "Q", "a@example.org", TO, haineko.Message((TEXT,))))
-        self.assertEqual(self.told(replies), [("421", "4.4.1", "CONN")] * 3)
+        [replies] = carried(job(haineko.Route(port=port), TO))
+        self.assertEqual(told(replies), ["421 4.4.1 CONN"] * 3)
         self.assertEqual(replies[0].message, ("Cannot connect SMTP Server", "Connection refused"))
 
     def test_a_peer_that_ends_each_step_badly(self) -> None:
@@ -6802,7 +6445,7 @@ class SmtpSessions(Peers):
         for offers in ((), ("PIPELINING",)):
             peer = self.peer({"RCPT": [b"421 4.3.2 closing, and does not\r\n", SILENCE]}, *offers)
             [([replies], seconds)] = side_by_side((job(peer, TO, timeout=4),))
-            self.assertEqual(self.told(replies), [("421", "4.3.2", "RCPT")] * 3)
+            self.assertEqual(told(replies), ["421 4.3.2 RCPT"] * 3)
             self.assertLess(seconds, 3)
 
     def test_octet_by_octet_is_no_way_around_a_deadline(self) -> None:
@@ -6822,13 +6465,9 @@ class SmtpSessions(Peers):
     def test_lost_before_the_end_of_the_text_is_certain(self) -> None:
         text = b"Subject: large\r\n\r\n" + (b"y" * 998 + b"\r\n") * 30000
         released = threading.Event()
-        ends = (
-            lambda connection, line: HANG_UP,
-            lambda connection, line: released.wait(8) and HANG_UP,  # reads nothing more
-            lambda connection, line: connection.sock.sendall(b"452 4.3.1 disk full\r\n") or HANG_UP,
-        )
-        peers = [self.peer({"TEXT": end}) for end in ends]
-        results = side_by_side(*[(job(peer, text=text, timeout=1),) for peer in peers])
+        full = b"452 4.3.1 disk full\r\n"  # the second one reads nothing more
+        ends = HANG_UP, lambda *_: released.wait(8) and HANG_UP, lambda talk, _: talk.sock.sendall(full) or HANG_UP
+        results = side_by_side(*[(job(self.peer({"TEXT": end}), text=text, timeout=1),) for end in ends])
         released.set()
         for i, ([[said]], _) in enumerate(results):
             with self.subTest(i):
@@ -6839,53 +6478,31 @@ class SmtpSessions(Peers):
 
     def test_starttls_is_done_and_verified_or_nothing_is_sent(self) -> None:
         here, elsewhere = certificate("here"), certificate("elsewhere")
-        done, refused = FINE, ("421", "4.7.5", "STARTTLS")
-        cases = (
-            # what it is, certificate, more of the peer, more of the route, what is told
-            ("verified", here, {}, {"ca_file": here}, done),
-            ("nobody knows who made it", here, {}, {}, refused),
-            ("another's name", elsewhere, {}, {"ca_file": elsewhere}, refused),
-            ("another's name, not checked", elsewhere, {}, {"tls_verify": False}, done),
-            ("not offered", here, {"offers": ()}, {"ca_file": here}, ("454", "4.7.4", "STARTTLS")),
-            ("refused", here, {"says": {"STARTTLS": "454 4.7.0 later"}}, {}, ("454", "4.7.0", "STARTTLS")),
-            ("hangs up", here, {"says": {"STARTTLS": HANG_UP}}, {}, ("421", "4.4.2", "STARTTLS")),
-            ("says nothing", here, {"says": {"STARTTLS": SILENCE}}, {}, ("421", "4.4.2", "STARTTLS")),
-            ("no handshake", here, {"says": {"TLS": SILENCE}}, {}, ("421", "4.4.2", "STARTTLS")),
-            (
-                "words in clear behind the reply",
-                here,
-                {"says": {"STARTTLS": b"220 go\r\n250-peer\r\n250 AUTH PLAIN\r\n"}},
-                {"ca_file": here},
-                ("421", "4.5.0", "STARTTLS"),
-            ),
-            (
-                "refused under TLS",
-                here,
-                {"says": {"EHLO": [None, "550 5.7.1 no"], "HELO": "550 5.7.1 no"}},
-                {"ca_file": here},
-                ("550", "5.7.1", "EHLO"),
-            ),
-        )
-        peers = [self.peer(**{"offers": ("STARTTLS", "SIZE"), "tls": pem, **more}) for _, pem, more, *_ in cases]
-        jobs = [(job(peer, starttls=True, timeout=0.7, **case[3]),) for peer, case in zip(peers, cases)]
-        for (name, *_, wanted), peer, ([[said]], _) in zip(cases, peers, side_by_side(*jobs)):
-            with self.subTest(name):
-                self.assertEqual((said.code, said.dsn, said.command), wanted)
-                self.assertEqual(any(line.startswith("MAIL") for line in peer.lines), wanted == done)
-                if wanted == done:
-                    self.assertTrue(peer.connections[0].secure)
-                    self.assertEqual([line[:8] for line in peer.lines[:3]], ["ehlo rel", "STARTTLS", "ehlo rel"])
-
-    def test_what_was_offered_in_clear_does_not_count_under_tls(self) -> None:
-        pem = certificate()
-        peer = self.peer({"EHLO": ["250-peer\n250-STARTTLS\n250 DSN", "250 peer"]}, tls=pem)
-        carried(job(peer, starttls=True, ca_file=pem))
-        self.assertEqual(peer.mails[0][0], "MAIL FROM:<kijitora@example.org>")
-
-    def test_no_starttls_where_nobody_asked(self) -> None:
-        peer = self.peer({}, "STARTTLS", tls=certificate())
-        self.assertEqual(self.told(carried(job(peer))[0]), [FINE])
-        self.assertNotIn("STARTTLS", peer.lines)
+        trusted, clear = {"ca_file": here}, b"220 go\r\n250-peer\r\n250 AUTH PLAIN\r\n"
+        twice_no = {"EHLO": [None, "550 5.7.1 no"], "HELO": "550 5.7.1 no"}
+        cases = (  # certificate, what the peer says, more of the route, what is told
+            (here, {}, trusted, FINE), (here, {}, {}, "421 4.7.5 STARTTLS"),  # nobody knows who made it
+            (elsewhere, {}, {"ca_file": elsewhere}, "421 4.7.5 STARTTLS"), (elsewhere, {}, {"tls_verify": False}, FINE),
+            (here, {"EHLO": ["250-in clear\n250-STARTTLS\n250 DSN", "250 under TLS"]}, trusted, FINE),
+            (here, {}, {"starttls": False}, FINE), (here, {"EHLO": "250 none"}, trusted, "454 4.7.4 STARTTLS"),
+            (here, {"STARTTLS": "454 4.7.0 later"}, {}, "454 4.7.0 STARTTLS"),
+            (here, {"STARTTLS": HANG_UP}, {}, "421 4.4.2 STARTTLS"),
+            *((here, {verb: SILENCE}, {}, "421 4.4.2 STARTTLS") for verb in ("STARTTLS", "TLS")),
+            (here, {"STARTTLS": clear}, trusted, "421 4.5.0 STARTTLS"),  # words in clear behind the reply
+            (here, twice_no, trusted, "550 5.7.1 EHLO"),
+        )  # fmt: skip
+        peers = [self.peer(says, "STARTTLS", "SIZE", tls=pem) for pem, says, *_ in cases]
+        jobs = [(job(peer, **{"starttls": True, "timeout": 0.7, **case[2]}),) for peer, case in zip(peers, cases)]
+        for (pem, says, more, wanted), peer, ([replies], _) in zip(cases, peers, side_by_side(*jobs)):
+            with self.subTest(says, more=more, pem=pem):
+                self.assertEqual(told(replies), [wanted])
+                self.assertEqual(any(line.startswith("MAIL") for line in peer.lines), wanted == FINE)
+                if wanted == FINE:
+                    secure = more.get("starttls", True)
+                    self.assertEqual(peer.connections[0].secure, secure)
+                    verbs = ["ehlo", "STAR", "ehlo", "MAIL"] if secure else ["ehlo", "MAIL"]
+                    self.assertEqual([line[:4] for line in peer.lines][: len(verbs)], verbs)
+                    self.assertNotIn("RET=", peer.mails[0].mail)
 
     def test_port_465_is_tls_from_the_first_octet(self) -> None:
         pem, place = certificate(), "127.0.0.46"
@@ -6893,321 +6510,295 @@ class SmtpSessions(Peers):
             peer = self.peer({}, "SIZE", tls=pem, smtps=True, hosts=(place,), port=haineko.SMTPS)
         except OSError as fault:
             self.skipTest(f"port 465 of {place}: {fault}")
-        self.assertEqual(self.told(carried(job(peer, ca_file=pem))[0]), [FINE])
-        self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.1", "CONN")])
-        peer.says["TLS"] = SILENCE
-        self.assertEqual(self.told(carried(job(peer, ca_file=pem, timeout=0.3))[0]), [("421", "4.4.1", "CONN")])
+        for says, more, wanted in (
+            (None, {"ca_file": pem}, FINE), (None, {}, "421 4.4.1 CONN"),
+            (SILENCE, {"ca_file": pem, "timeout": 0.3}, "421 4.4.1 CONN"),
+        ):  # fmt: skip
+            peer.says["TLS"] = says
+            self.assertEqual(told(carried(job(peer, **more))[0]), [wanted])
         self.assertEqual(len(peer.mails), 1)
 
     # -- AUTH
 
-    def test_the_strongest_mechanism_that_is_offered_logs_in(self) -> None:
-        wrong, none = ("535", "5.7.8", "AUTH"), ("454", "4.7.0", "AUTH")
-        cases = (
-            ("AUTH PLAIN LOGIN CRAM-MD5", "nyaa", {}, "AUTH CRAM-MD5", FINE),
-            ("AUTH LOGIN PLAIN", "nyaa", {}, "AUTH PLAIN", FINE),
-            ("AUTH=LOGIN", "nyaa", {}, "AUTH LOGIN", FINE),
-            ("AUTH LOGIN", "nyaa", {}, "AUTH LOGIN", FINE),
-            ("AUTH CRAM-MD5", "wrong", {}, "AUTH CRAM-MD5", wrong),
-            ("AUTH PLAIN", "wrong", {}, "AUTH PLAIN", wrong),
-            ("AUTH LOGIN", "wrong", {}, "AUTH LOGIN", wrong),
-            ("AUTH PLAIN", "nyaa", {"AUTH": "454 4.7.0 no answer"}, "AUTH PLAIN", none),
-            ("AUTH PLAIN", "nyaa", {"AUTH": HANG_UP}, "AUTH PLAIN", ("421", "4.4.2", "AUTH")),
-            ("AUTH PLAIN", "nyaa", {"AUTH": SILENCE}, "AUTH PLAIN", ("421", "4.4.2", "AUTH")),
-            ("AUTH PLAIN", "nyaa", {"AUTH": b"welcome!\r\n"}, "AUTH PLAIN", ("421", "4.5.0", "AUTH")),
-            ("AUTH CRAM-MD5", "nyaa", {"AUTH": b"334 a\r\n"}, "AUTH CRAM-MD5", ("421", "4.5.0", "AUTH")),
-            ("AUTH LOGIN", "nyaa", {"AUTH": b"334 \r\n" * 50}, "AUTH LOGIN", None),
-            ("AUTH GSSAPI NTLM", "nyaa", {}, None, none),
-            ("SIZE", "nyaa", {}, None, none),
-        )
-        peers = [self.peer(says, offer, logins={"kijitora": "nyaa"}) for offer, _, says, *_ in cases]
-        words = [word for _, word, *_ in cases]
-        jobs = [(job(peer, auth="x", credentials=("kijitora", word), timeout=0.7),) for peer, word in zip(peers, words)]
-        for (offer, _, says, first, wanted), peer, ([[said]], _) in zip(cases, peers, side_by_side(*jobs)):
-            with self.subTest(offer, says=says):
-                told = (said.code, said.dsn, said.command)
-                self.assertEqual(told, wanted or told)
-                self.assertEqual(told == FINE, wanted == FINE)
-                auth = [line for line in peer.lines if line.startswith("AUTH")]
-                self.assertEqual(" ".join(auth[0].split()[:2]) if auth else None, first)
-                self.assertEqual(len(peer.mails), wanted == FINE)
-                self.assertNotIn("nyaa", str(said))
-        self.assertEqual([line for line in self.logged() if "Traceback" in line], [])
-
-    def test_credentials_do_not_cross_a_network_in_clear(self) -> None:
-        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
-            try:
-                sock.connect(("192.0.2.1", 9))  # sends nothing
-                place = sock.getsockname()[0]
-                peer = self.peer({}, "STARTTLS", "AUTH PLAIN", hosts=(place,), logins={"a": "b"}, tls=certificate())
-            except OSError:
-                place = "127.0.0.1"
-        if place.startswith("127."):
-            self.skipTest("this machine has no address but loopback")
-        login = {"auth": "x", "credentials": ("a", "b")}
-        self.assertEqual(self.told(carried(job(peer, **login))[0]), [("454", "4.7.11", "AUTH")])
-        eventually(lambda: [line[:4] for line in peer.lines] == ["ehlo", "QUIT"])
-        self.assertEqual(self.told(carried(job(peer, **login, starttls=True, tls_verify=False))[0]), [FINE])
-
-    def test_the_log_of_a_dialogue_shows_no_secret(self) -> None:
+    def test_the_strongest_mechanism_that_is_offered_logs_in_and_the_log_shows_no_secret(self) -> None:
         haineko.log.devel = True
         self.addCleanup(setattr, haineko.log, "devel", False)
-        for offer in ("AUTH CRAM-MD5", "AUTH PLAIN", "AUTH LOGIN"):
-            carried(
-                job(self.peer({}, offer, logins={"kijitora": "n-y-a-a"}), auth="x", credentials=("kijitora", "n-y-a-a"))
-            )
+
+        def asks(*turns: bytes):
+            """What a server that offers LOGIN says: these challenges; user and password are those of its words."""
+
+            def say(talk: SmtpConnection, line: str) -> str:
+                if line != "AUTH LOGIN":
+                    return "501 5.5.4 no initial response here"
+                answers = []
+                for challenge in turns:
+                    talk.sock.sendall(b"334" + challenge + b"\r\n")
+                    answers.append(base64.b64decode(talk.line()).decode())
+                return "235 2.7.0 welcome" if answers[-2:] == ["kijitora", "nyaa"] else f"535 5.7.8 {len(answers)}"
+
+            return say
+
+        wrong, none, every = "535 5.7.8 AUTH", "454 4.7.0 AUTH", "LOGIN PLAIN CRAM-MD5"
+        names, too_many = every.split(), b"535 5.7.8 wrong\r\n421 4.7.0 too many errors\r\n"
+        cases = (  # offered, what the peer says, the mechanisms tried, what is told, another password
+            ("PLAIN LOGIN CRAM-MD5", None, "CRAM-MD5", FINE), ("LOGIN PLAIN", None, "PLAIN", FINE),
+            ("=LOGIN", None, "LOGIN", FINE), ("GSSAPI NTLM", None, "", none), ("", None, "", none),
+            *((name, None, name, FINE, word) for name in names for word in ("nyaa", "nyaa-にゃあ-é", "x" * 600)),
+            *((name, None, name, wrong, "wrong") for name in names),
+            *(("PLAIN", says, "PLAIN", "421 4.4.2 AUTH") for says in (HANG_UP, SILENCE)),
+            ("PLAIN", b"welcome!\r\n", "PLAIN", "421 4.5.0 AUTH"),
+            ("CRAM-MD5", b"334 a\r\n", "CRAM-MD5", "421 4.5.0 AUTH"),
+            ("LOGIN", b"334 \r\n" * 50, "LOGIN", "421 4.5.0 AUTH"),
+            (every, "535 5.7.8 wrong", "CRAM-MD5", wrong), (every, too_many, "CRAM-MD5", wrong),
+            (every, "454 4.7.0 later", "CRAM-MD5", none), (every, ["504 5.5.4 unknown", None], "CRAM-MD5 PLAIN", FINE),
+            (every, ["534 5.7.9 too weak", "504 no", None], "CRAM-MD5 PLAIN LOGIN", FINE),
+            (every, "534 5.7.9 too weak", "CRAM-MD5 PLAIN LOGIN", "534 5.7.9 AUTH"),
+            ("PLAIN LOGIN", "501 5.5.2 what", "PLAIN", "501 5.5.2 AUTH"),
+            *(("LOGIN", asks(*turns), "LOGIN", FINE) for turns in (
+                (b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),  # Username: Password:
+                (b" VXNlciBOYW1lAA==", b" UGFzc3dvcmQA"), (b" VXNlciBOYW1lAA", b" UGFzc3dvcmQA"),  # without padding
+                (b" Username:", b" Password:"), (b" please send your user name", b" and the password, please"),
+                (b" go on", b" go on"), (b" ", b" "), (b"", b""),
+            )),
+        )  # fmt: skip
+        peers, jobs, secrets = [], [], {"Traceback"}
+        for offer, says, _, _, *words in cases:
+            word = words[0] if words else "nyaa"
+            logins = {"kijitora": "nyaa" if word == "wrong" else word}
+            peers.append(self.peer({"AUTH": says}, f"AUTH {offer}".replace(" =", "="), logins=logins))
+            jobs.append((job(peers[-1], auth="x", credentials=("kijitora", word), timeout=0.7),))
+            forms = (base64.b64encode(text.encode()).decode() for text in (word, f"\0kijitora\0{word}"))
+            secrets.update((word, *forms) if word != "wrong" else forms)  # the servers say that word
+        for (offer, says, tried, wanted, *words), peer, ([replies], _) in zip(cases, peers, side_by_side(*jobs)):
+            with self.subTest(offer, says=says, words=words):
+                self.assertEqual(told(replies), [wanted])
+                commands = [line for line in peer.lines if line.startswith("AUTH")]
+                self.assertEqual(" ".join(line.split()[1] for line in commands), tried)
+                self.assertLessEqual(max(map(len, commands), default=0), 510)
+                self.assertEqual(len(peer.mails), wanted == FINE)
+                self.assertFalse([secret for secret in secrets if secret in str(replies)])
         lines = self.logged()
-        self.assertIn("127.0.0.1 > MAIL FROM:<kijitora@example.org>", lines)
-        self.assertIn("127.0.0.1 < 250 2.0.0 taken", lines)
-        self.assertIn("127.0.0.1 > ********", lines)
-        secrets = {"n-y-a-a", *[base64.b64encode(x).decode() for x in (b"n-y-a-a", b"\0kijitora\0n-y-a-a")]}
-        for line in lines:
-            self.assertFalse([secret for secret in secrets if secret in line], line)
+        for line in ("> MAIL FROM:<kijitora@example.org>", "< 250 2.0.0 taken", "> ********"):
+            self.assertIn(f"127.0.0.1 {line}", lines)
+        self.assertEqual([line for line in lines if any(secret in line for secret in secrets)], [])
+
+    def test_credentials_do_not_cross_a_network_in_clear(self) -> None:
+        place = outside_address()
+        if not place:
+            self.skipTest("this machine has no address but loopback")
+        peer = self.peer({}, "STARTTLS", "AUTH PLAIN", hosts=(place,), logins=LOGINS, tls=certificate())
+        self.assertEqual(told(carried(job(peer, **LOGIN))[0]), ["454 4.7.11 AUTH"])
+        eventually(lambda: [line[:4] for line in peer.lines] == ["ehlo", "QUIT"])
+        self.assertEqual(told(carried(job(peer, **LOGIN, starttls=True, tls_verify=False))[0]), [FINE])
+
+    def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self) -> None:
+        pem = certificate()
+        for says, offer, more, wanted, fault in (
+            ({"AUTH": "535 5.7.8 wrong"}, "AUTH PLAIN", LOGIN, "535 5.7.8 AUTH", True),
+            ({"AUTH": "504 5.5.4 what"}, "AUTH PLAIN LOGIN", LOGIN, "504 5.5.4 AUTH", True),
+            ({"EHLO": "550 5.7.1 no", "HELO": "550 5.7.1 no"}, "", {}, "550 5.7.1 EHLO", True),
+            ({"STARTTLS": "554 no"}, "STARTTLS", {"starttls": True}, "554 None STARTTLS", True),
+            *(({verb: "530 5.7.0 log in first"}, "", {}, f"530 5.7.0 {verb}", True) for verb in ("MAIL", "RCPT")),
+            ({"MAIL": "550 5.7.1 not with this login"}, "AUTH PLAIN", LOGIN, "550 5.7.1 MAIL", True),
+            ({"MAIL": "550 5.7.1 not you"}, "", {}, "550 5.7.1 MAIL", False),
+            ({"RCPT": "550 5.7.1 no relaying"}, "AUTH PLAIN", LOGIN, "550 5.7.1 RCPT", False),
+            ({"CONN": "554 5.7.1 no"}, "", {}, "554 5.7.1 CONN", False),
+        ):
+            with self.subTest(says):
+                [[reply]] = carried(job(self.peer(says, offer, logins=LOGINS, tls=pem), **more))
+                self.assertEqual(told([reply]), [wanted])
+                self.assertEqual((reply.route_fault, reply.temporary, reply.from_server), (fault, fault, True))
+        logged = [line for line in self.logged() if "warning: " in line]
+        self.assertEqual((len(logged), "535 5.7.8 wrong" in logged[0]), (7, True))
 
     # -- sessions kept
 
     def test_a_session_is_kept_and_used_again_until_quit(self) -> None:
-        for offers in ((), ("PIPELINING",)):
-            peer = self.peer({}, *offers)
-            replies = carried(*[job(peer)] * 3)
-            self.assertEqual([said.code for [said] in replies], ["250"] * 3)
-            self.assertEqual((len(peer.connections), len(peer.mails)), (1, 3))
+        """After a refusal it is cleared first."""
+        for says, offers, codes, verbs in (
+            *(({}, offers, ["250"] * 3, "MAIL RCPT DATA " * 3 + "QUIT") for offers in ((), ("PIPELINING",))),
+            ({"RCPT": ["550 5.1.1 no", "250 yes"]}, (), ["550", "250"], "MAIL RCPT RSET MAIL RCPT DATA QUIT"),
+        ):
+            peer = self.peer(says, *offers)
+            self.assertEqual([said.code for [said] in carried(*[job(peer) for _ in codes])], codes)
+            self.assertEqual((len(peer.connections), len(peer.mails)), (1, codes.count("250")))
             eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
-            self.assertNotIn("RSET", peer.lines)
-
-    def test_after_a_refusal_the_session_is_cleared_first(self) -> None:
-        peer = self.peer({"RCPT": ["550 5.1.1 no", "250 2.1.5 yes"]})
-        replies = carried(job(peer), job(peer))
-        self.assertEqual([said.code for [said] in replies], ["550", "250"])
-        eventually(lambda: peer.lines[-1] == "QUIT")
-        verbs = " ".join(line[:4] for line in peer.lines[1:])
-        self.assertEqual(verbs, "MAIL RCPT RSET MAIL RCPT DATA QUIT")
+            self.assertEqual(" ".join(line[:4] for line in peer.lines[1:]), verbs)
 
     def test_a_kept_session_that_died_is_replaced_once_and_never_after_the_text(self) -> None:
         well, goodbye = None, "421 4.4.2 idle for too long"
-        twice = [well, HANG_UP, HANG_UP, well]
-        cases = (
-            # what it says, what the second of two mails is told, connections, mails that came
-            ({"MAIL": [well, HANG_UP, well]}, FINE, 2, 2),
-            ({"MAIL": [well, goodbye, well]}, FINE, 2, 2),
-            ({"RCPT": [well, goodbye, well]}, FINE, 2, 2),
-            ({"DATA": [well, goodbye, well]}, FINE, 2, 2),
-            ({"DATA": [well, b"rubbish\r\n", well]}, FINE, 2, 2),
-            ({"DATA": [well, SILENCE, well]}, FINE, 2, 2),
-            ({"MAIL": twice}, ("421", "4.4.2", "MAIL"), 2, 1),
-            ({"MAIL": [well, HANG_UP], "CONN": [well, "554 5.3.2 no"]}, ("554", "5.3.2", "CONN"), 2, 1),
-            ({".": [well, goodbye, well]}, ("421", "4.4.2", "DATA"), 1, 2),
-            ({".": [well, HANG_UP, well]}, ("421", "4.4.2", "DATA"), 1, 2),
-            ({".": [well, SILENCE, well]}, ("421", "4.4.2", "DATA"), 1, 2),
-        )
+        cases = (  # what it says, what the second of two mails is told, connections, mails that came
+            *(({verb: [well, said, well]}, FINE, 2, 2) for verb, said in (
+                ("MAIL", HANG_UP), ("MAIL", goodbye), ("RCPT", goodbye), ("DATA", goodbye), ("DATA", b"rubbish\r\n"),
+                ("DATA", SILENCE),
+            )),
+            *(({".": [well, said, well]}, "421 4.4.2 DATA", 1, 2) for said in (goodbye, HANG_UP, SILENCE)),
+            ({"MAIL": [well, HANG_UP, HANG_UP, well]}, "421 4.4.2 MAIL", 2, 1),
+            ({"MAIL": [well, HANG_UP], "CONN": [well, "554 5.3.2 no"]}, "554 5.3.2 CONN", 2, 1),
+        )  # fmt: skip
         table = [(offers, *case) for offers in ((), ("PIPELINING",)) for case in cases]
-        peers = []
-        for offers, says, *_ in table:
-            whole = {verb: [item or USUAL[verb] for item in said] for verb, said in says.items()}
-            peers.append(self.peer(whole, *offers))
+        peers = [self.peer({verb: said[:] for verb, said in says.items()}, *offers) for offers, says, *_ in table]
         results = side_by_side(*[(job(peer, timeout=0.7), job(peer, timeout=0.7)) for peer in peers])
-        for (offers, says, wanted, connections, mails), peer, ([[first], [second]], _) in zip(table, peers, results):
+        for (offers, says, wanted, connections, mails), peer, ([first, second], _) in zip(table, peers, results):
             with self.subTest(says=says, offers=offers):
-                self.assertEqual(first.code, "250")
-                self.assertEqual((second.code, second.dsn, second.command), wanted)
+                self.assertEqual((first[0].code, told(second)), ("250", [wanted]))
                 self.assertEqual((len(peer.connections), len(peer.mails)), (connections, mails))
 
-    def test_a_new_session_that_dies_is_not_replaced(self) -> None:
-        peer = self.peer({"MAIL": [HANG_UP, USUAL["MAIL"]]})
-        self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.2", "MAIL")])
-        self.assertEqual(len(peer.connections), 1)
-
-    def at_once(self, peer: SmtpPeer, count: int, timeout: float = 9.0, **more) -> collections.Counter:
+    def at_once(self, peer: SmtpPeer, count: int, timeout: float = 9.0, after=lambda: None, **more) -> dict:
         """How often each (code, command) was said to so many mails that come at the same moment."""
         sessions, found = haineko.TransportContext(), collections.Counter()
 
         async def one(i: int) -> None:
-            outcome = await haineko.attempt_transaction(
-                job(peer, (f"r{i}@example.jp",), timeout=timeout, **more), sessions
-            )
+            mail = job(peer, (f"r{i}@example.jp",), timeout=timeout, **more)
+            outcome = await haineko.attempt_transaction(mail, sessions)
             found.update((item.code, item.command) for item in outcome.replies)
+            after()
 
-        async def all_() -> None:
-            await asyncio.gather(*[one(i) for i in range(count)])
-            await sessions.sweep(everything=True)
-
-        haineko.run(all_())
+        haineko.run(and_closed(together(*[one(i) for i in range(count)]), sessions))
         self.assertEqual(sessions.pools, {})
         return found
 
     def test_a_few_sessions_are_opened_at_a_time(self) -> None:
         most, count = haineko.SessionPool.OPENING, haineko.SessionPool.OPENING * 2 + 8
-        greeted = threading.Barrier(most)
+        greeted, early = threading.Barrier(most), []
 
-        def greet(connection: SmtpConnection, line: str) -> str:
+        def greet(connection: SmtpConnection, line: str) -> None:
             if len(peer.connections) <= most:
                 greeted.wait(9)  # for all that may come
                 early.append(len(peer.connections))
-            return "220 here"
 
-        early: list = []
         peer = self.peer({"CONN": greet})
         self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
-        self.assertEqual(early[:1], [most])
-        self.assertEqual(len(peer.mails), count)
+        self.assertEqual((early[:1], len(peer.mails)), ([most], count))
 
     def test_who_waits_to_open_a_session_gets_one_that_is_given_back(self) -> None:
-        most = haineko.SessionPool.OPENING
-        count, gate = most * 3, threading.Event()
+        most, gate = haineko.SessionPool.OPENING, threading.Event()
+        count = most * 3
         self.addCleanup(gate.set)
 
-        def greet(connection: SmtpConnection, line: str) -> str:
+        def greet(connection: SmtpConnection, line: str) -> None:
             if peer.connections.index(connection) >= most:
                 gate.wait(9)
-            return "220 here"
 
-        def taken(connection: SmtpConnection, line: str) -> str:
+        def taken(connection: SmtpConnection, line: str) -> None:
             if len(peer.mails) + 1 >= count - most:  # all but those whose sessions are being opened
                 gate.set()
-            return USUAL["."]
 
         peer = self.peer({"CONN": greet, ".": taken})
         self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
         self.assertLessEqual(len(peer.connections), 2 * most)
 
-    def crowded(self, places: int, ends: bool = False, mails: int = 99) -> SmtpPeer:
-        """A peer that takes so many sessions at a time, and ends each after a mail or not, or instead of one more."""
+    def crowded(self, places: int, ends: bool, mails: int, verb: str, no: str) -> SmtpPeer:
+        """A peer that takes so many sessions at a time, and ends each after a mail or not, or instead of one more;
+        what it says to one more session at that verb."""
         lock, taken = threading.Lock(), []
 
-        def greet(connection: SmtpConnection, line: str) -> str:
+        def greet(connection: SmtpConnection, line: str):
             with lock:
-                if len(taken) >= places:
-                    return "421 4.7.0 too many of you"
-                taken.append(connection)
-                return "220 here"
+                if len(taken) < places:
+                    taken.append(connection)
+            return refuse(connection, line) if verb == "CONN" else None
+
+        def refuse(connection: SmtpConnection, line: str):
+            if connection in taken:
+                return None
+            if no == LOST:  # with a reset
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            return no
 
         def end(connection: SmtpConnection, line: str) -> bytes:
             with lock:
                 taken.remove(connection)
                 return b"250 2.0.0 taken\r\n421 4.3.2 one mail a session\r\n"
 
-        def begin(connection: SmtpConnection, line: str) -> str:
+        def begin(connection: SmtpConnection, line: str):
             if sum(old.startswith("MAIL") for old in connection.lines) <= mails:
-                return USUAL["MAIL"]
+                return None
             with lock:
                 taken.remove(connection)
                 return "421 4.7.0 too many mails"
 
-        return self.peer({"CONN": greet, "MAIL": begin, ".": end if ends else None})
+        says = {"MAIL": begin, ".": end if ends else None, verb: refuse, "CONN": greet}
+        return self.peer(says, "AUTH PLAIN", logins=LOGINS)
 
     def test_a_server_that_takes_few_sessions_gets_all_mail(self) -> None:
-        for places, ends in ((1, False), (3, False), (1, True), (3, True)):
-            with self.subTest(places=places, ends=ends):
-                peer, count = self.crowded(places, ends), 40
-                self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
-                self.assertEqual(len(peer.mails), count)
-                self.assertLessEqual(len(peer.connections), haineko.SessionPool.OPENING + (count if ends else places))
-
-    def test_a_server_that_takes_few_sessions_of_few_mails_gets_all_mail(self) -> None:
-        peer = self.crowded(3, mails=3)
-        self.assertEqual(self.at_once(peer, 40), {("250", "DATA"): 40})
-        self.assertEqual(len(peer.mails), 40)
+        """Whatever ends an opening while others work is a limit."""
+        count, busy = 40, "421 4.7.0 too many of you"
+        for places, ends, mails, verb, no in (
+            *((places, ends, 99, "CONN", busy) for places in (1, 3) for ends in (False, True)),
+            (3, False, 3, "CONN", busy),
+            *((3, False, 99, "CONN", no) for no in (HANG_UP, LOST, "554 5.7.0 too many")),
+            *((3, False, 99, verb, busy) for verb in ("EHLO", "AUTH")),
+        ):
+            with self.subTest(places=places, ends=ends, mails=mails, verb=verb, no=no):
+                peer = self.crowded(places, ends, mails, verb, no)
+                found = self.at_once(peer, count, **LOGIN if verb == "AUTH" else {})
+                self.assertEqual((found, len(peer.mails)), ({("250", "DATA"): count}, count))
+                if mails == 99 and no == busy and verb == "CONN":
+                    most = haineko.SessionPool.OPENING + (count if ends else places)
+                    self.assertLessEqual(len(peer.connections), most)
 
     def test_who_is_refused_takes_a_session_that_was_given_back_meanwhile(self) -> None:
-        gate, codes = threading.Event(), []
+        gate = threading.Event()
         self.addCleanup(gate.set)
 
-        def greet(connection: SmtpConnection, line: str) -> str:
+        def greet(connection: SmtpConnection, line: str):
             if connection is peer.connections[0]:
-                return "220 here"
+                return None
             gate.wait(9)
             return "421 4.7.0 too many of you"
 
-        async def one(sessions: haineko.TransportContext) -> None:
-            codes.extend(item.code for item in (await haineko.attempt_transaction(job(peer), sessions)).replies)
-            gate.set()
-
-        async def both() -> None:
-            sessions = haineko.TransportContext()
-            await asyncio.gather(*[one(sessions), one(sessions)])
-            await sessions.sweep(everything=True)
-
         peer = self.peer({"CONN": greet})
-        haineko.run(both())
-        self.assertEqual(codes, ["250", "250"])
-        self.assertEqual([len(peer.connections), len(peer.mails)], [2, 2])
+        self.assertEqual(self.at_once(peer, 2, after=gate.set), {("250", "DATA"): 2})
+        self.assertEqual((len(peer.connections), len(peer.mails)), (2, 2))
 
     WORDS = haineko.Reply("421", "4.7.0", "CONN", ("4.7.0 too many",), "ESMTP", "peer.example", 25)
 
-    @staticmethod
-    def results(futures: list) -> list:
-        """What those that are done were given."""
-        return [future.exception() or future.result() for future in futures if future.done()]
-
     def test_who_waits_for_a_session_in_use_waits_until_the_deadline(self) -> None:
+        """After a while, one of them asks the server that had enough again."""
+
         async def story() -> None:
             pool = haineko.SessionPool()
-            pool.opening = 2
-            pool.opened()
-            self.assertTrue(pool.refused(self.WORDS))
-            self.assertFalse(pool.may_open())
-            futures = [pool.wait(10.0, self.WORDS), pool.wait(11.0, None)]  # one came later, and was not refused itself
-            for now, count in ((9.9, 0), (10.0, 1), (11.0, 2)):
-                pool.sweep(now)
-                self.assertEqual([fault.reply for fault in self.results(futures)], [self.WORDS] * count)
-
-        haineko.run(story())
-
-    def test_where_a_session_ends_one_who_waits_opens_another(self) -> None:
-        async def story() -> None:
-            sessions, route, futures = haineko.TransportContext(), haineko.Route(), []
-            pool, session = sessions.pools["here.example", route], haineko.Session(route, "here.example")
-            session.pool, pool.opening = pool, 4
-            pool.opened()
-            pool.opened()
-            for _ in range(2):
-                self.assertTrue(pool.refused(self.WORDS))
-                futures.append(pool.wait(float("inf"), self.WORDS))
-            sessions.release(session)  # it was never connected
-            self.assertEqual((self.results(futures), pool.opening, pool.in_use), ([None], 1, 1))
-
-        haineko.run(story())
-
-    def test_a_server_that_had_enough_is_asked_again_by_one_after_a_while(self) -> None:
-        async def story() -> None:
-            pool, futures = haineko.SessionPool(), []
             pool.opening = 4
             pool.opened()
-            for _ in range(3):
-                self.assertTrue(pool.refused(self.WORDS))
-                futures.append(pool.wait(float("inf"), self.WORDS))
-            pool.sweep(0.0)
-            self.assertEqual(self.results(futures), [])
+            self.assertEqual([pool.refused(self.WORDS) for _ in range(3)], [True] * 3)
+            self.assertFalse(pool.may_open())
+            later = 11.0, None  # came later, and was not refused itself
+            futures = [pool.wait(*values) for values in ((10.0, self.WORDS), later, *[(9e9, self.WORDS)] * 3)]
+
+            def found() -> list:
+                done = [future.exception() or future.result() for future in futures if future.done()]
+                return [fault and fault.reply for fault in done]
+
+            for now, count in ((9.9, 0), (10.0, 1), (11.0, 2)):
+                pool.sweep(now)
+                self.assertEqual(found(), [self.WORDS] * count)
             pool.ask_again = 0.0
             pool.sweep(0.0)
-            self.assertEqual((self.results(futures), pool.opening), ([None], 1))
+            self.assertEqual((found()[2:], pool.opening), ([None], 1))
             pool.opened()
-            self.assertEqual((self.results(futures), pool.opening), ([None] * 3, 2))
+            self.assertEqual((found()[2:], pool.opening), ([None] * 3, 2))
 
         haineko.run(story())
 
     def test_where_a_session_can_not_be_opened_nobody_waits_on(self) -> None:
         most = haineko.SessionPool.OPENING
         count = most * 2 + 8
-        busy = ["421 4.3.2 busy"] * most + ["220 here"]
+        some = {("421", "CONN"): most, ("250", "DATA"): count - most}
         for says, wanted in (
-            ({"CONN": busy}, {("421", "CONN"): most, ("250", "DATA"): count - most}),
+            *(({"CONN": [f"421 {dsn} busy"] * most + ["220 here"]}, some) for dsn in ("4.3.2", "4.4.1")),
             ({"CONN": HANG_UP}, {("421", "CONN"): count}),
             ({"EHLO": "421 4.3.2 closing"}, {("421", "EHLO"): count}),
             ({".": "421 4.3.2 one mail a session"}, {("421", "DATA"): count}),
-            (
-                {"CONN": ["421 4.4.1 busy"] * most + ["220 here"]},
-                {("421", "CONN"): most, ("250", "DATA"): count - most},
-            ),
         ):
-            with self.subTest(says):
+            with self.subTest(wanted):
                 self.assertEqual(self.at_once(self.peer(says), count), wanted)
 
     def test_a_host_that_is_silent_costs_its_timeout_once(self) -> None:
         most = haineko.SessionPool.OPENING
         for verb in ("CONN", "EHLO"):
             took = []
-            for _ in range(3):  # a busy machine may be late once
+            while len(took) < 3 and min(took, default=1) >= 0.95:  # a busy machine may be late once
                 peer, began = self.peer({verb: SILENCE}), time.monotonic()
                 self.assertEqual(self.at_once(peer, most * 3, timeout=0.5), {("421", verb): most * 3})
                 took.append(time.monotonic() - began)
@@ -7215,30 +6806,25 @@ class SmtpSessions(Peers):
             self.assertLess(min(took), 0.95)
 
     def test_what_a_server_says_to_a_kept_session_is_no_reply_to_the_next_mail(self) -> None:
+        async def twice(goodbye: bytes) -> list:
+            first = await haineko.attempt_transaction(job(peer), sessions)
+            peer.connections[0].sock.sendall(goodbye) if goodbye else peer.connections[0].cut()
+            [[kept]] = [pool.idle for pool in sessions.pools.values()]
+            await kept.stream.wait_ready(time.monotonic() + 5)
+            second = await haineko.attempt_transaction(job(peer), sessions)
+            return [item.code for outcome in (first, second) for item in outcome.replies]
+
         for goodbye in (b"554 5.4.7 idle for too long\r\n", b"451 4.7.0 timeout\r\n", b""):
             with self.subTest(goodbye):
                 peer, sessions = self.peer(), haineko.TransportContext()
-
-                async def twice(peer: SmtpPeer = peer, sessions=sessions, goodbye: bytes = goodbye) -> list:
-                    first = await haineko.attempt_transaction(job(peer), sessions)
-                    if goodbye:
-                        peer.connections[0].sock.sendall(goodbye)
-                    else:
-                        peer.connections[0].cut()
-                    [[kept]] = [pool.idle for pool in sessions.pools.values()]
-                    await kept.stream.wait_ready(time.monotonic() + 5)
-                    second = await haineko.attempt_transaction(job(peer), sessions)
-                    await sessions.sweep(everything=True)
-                    return [item.code for outcome in (first, second) for item in outcome.replies]
-
-                self.assertEqual(haineko.run(twice()), ["250", "250"])
+                self.assertEqual(haineko.run(and_closed(twice(goodbye), sessions)), ["250", "250"])
                 self.assertEqual(len(peer.connections), 2)
 
     def test_who_says_goodbye_while_a_session_is_opened_is_not_kept(self) -> None:
         peer = self.peer({"EHLO": b"250-here\r\n250 PIPELINING\r\n421 4.3.2 closing\r\n"})
         sessions = haineko.TransportContext()
         outcome = haineko.run(haineko.attempt_transaction(job(peer), sessions))
-        self.assertEqual(self.told(outcome.replies), [("421", "4.3.2", "MAIL")])
+        self.assertEqual(told(outcome.replies), ["421 4.3.2 MAIL"])
         self.assertEqual([pool.idle for pool in sessions.pools.values()], [[]])
 
     def test_sessions_of_other_credentials_are_others(self) -> None:
@@ -7247,58 +6833,49 @@ class SmtpSessions(Peers):
         self.assertEqual([connection.user for connection in peer.connections], ["a", "b"])
 
     def test_sessions_that_nobody_uses_are_left(self) -> None:
-        class Short(haineko.TransportContext):
-            IDLE, IDLE_WHEN_FULL = 9, 9
-
         async def idle_for_a_while(limit: str, refusal: haineko.Reply | None) -> None:
-            sessions = Short()
+            sessions = haineko.TransportContext()
             await haineko.attempt_transaction(job(peer), sessions)
-            for pool in sessions.pools.values():
-                pool.refusal = refusal
-            await sessions.sweep()
-            self.assertEqual(len(peer.connections[0].lines), 4)
-            setattr(sessions, limit, 0.05)
-            await asyncio.sleep(0.1)
-            await sessions.sweep()
-            self.assertEqual(sessions.pools, {})
+            [pool] = sessions.pools.values()
+            pool.refusal = refusal
+            for seconds, count in ((9, 1), (-1, 0)):
+                setattr(sessions, limit, seconds)
+                await sessions.sweep()
+                self.assertEqual(len(sessions.pools), count)
 
         for limit, refusal in (("IDLE", None), ("IDLE_WHEN_FULL", self.WORDS)):
             with self.subTest(limit):
                 peer = self.peer()
                 haineko.run(idle_for_a_while(limit, refusal))
-                eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
+                eventually(lambda peer=peer: peer.lines[4:] == ["QUIT"])
 
     def test_a_session_that_reached_a_limit_is_replaced_once(self) -> None:
+        def say(talk: SmtpConnection, line: str) -> str | None:
+            return no if sum(old.startswith("MAIL") for old in talk.lines) > 2 else None
+
         for verb, no in (
-            ("MAIL", "452 4.4.5 too many mails"),
-            ("MAIL", "421 4.7.0 too many mails"),
-            ("RCPT", "451 4.7.1 too many recipients"),
+            ("MAIL", "452 4.4.5 too many mails"), ("MAIL", "421 4.7.0 too many mails"),
+            ("RCPT", "451 4.7.1 too many recipients"), ("DATA", "451 4.3.0 too many mails"),
             ("RCPT", "452 4.5.3 Too many recipients: Too many messages sent"),
-            ("DATA", "451 4.3.0 too many mails"),
-        ):
+        ):  # fmt: skip
             for offers in ((), ("PIPELINING",)):
                 with self.subTest(no, offers=offers):
-
-                    def say(talk: SmtpConnection, line: str, verb: str = verb, no: str = no) -> str:
-                        mails = sum(old.startswith("MAIL") for old in talk.lines)
-                        return no if mails > 2 else USUAL[verb]
-
                     peer = self.peer({verb: say}, *offers)
                     replies = carried(*[job(peer)] * 6)
                     self.assertEqual([reply.code for [reply] in replies], ["250"] * 6)
                     self.assertEqual((len(peer.connections), len(peer.mails)), (3, 6))
-                    self.assertEqual("QUIT" in peer.connections[0].lines, no[:3] != "421")
+                    if no[:3] != "421":
+                        eventually(lambda lines=peer.connections[0].lines: "QUIT" in lines)
 
     def test_only_who_was_refused_for_now_is_tried_again(self) -> None:
+        def say(talk: SmtpConnection, line: str) -> str | None:
+            return "450 4.2.0 later" if line[9:10] == "b" and peer.mails and talk is peer.connections[0] else None
+
         for offers in ((), ("PIPELINING",)):
-            peer = self.peer({}, *offers)
-            peer.says["RCPT"] = lambda talk, line, peer=peer: (
-                "450 4.2.0 later" if line[9:10] == "b" and peer.mails and talk is peer.connections[0] else USUAL["RCPT"]
-            )
+            peer = self.peer({"RCPT": say}, *offers)
             _, replies = carried(job(peer), job(peer, TO))
             self.assertEqual([reply.code for reply in replies], ["250"] * 3)
-            sent = [[line[9:10] for line in recipients] for _, recipients, *_ in peer.mails]
-            self.assertEqual(sent, [["a"], ["a", "c"], ["b"]])
+            self.assertEqual([mail.recipients for mail in peer.mails], [[TO[0]], [TO[0], TO[2]], [TO[1]]])
         peer = self.peer({"RCPT": refuses(b="450 4.2.0 later")})
         replies = carried(job(peer, TO), job(peer, TO))
         self.assertEqual([[reply.code for reply in its] for its in replies], [["250", "450", "250"]] * 2)
@@ -7313,288 +6890,91 @@ class SmtpSessions(Peers):
                 return (session, True) if session else await super().acquire(route, hostname)
 
         async def four() -> list:
-            sessions = Reusing()
             await asyncio.gather(*[haineko.attempt_transaction(job(peer), sessions) for _ in range(3)])
-            found = await haineko.attempt_transaction(job(peer, TO), sessions)
-            await sessions.sweep(everything=True)
-            return [(reply.code, reply.command) for reply in found.replies]
+            return told((await haineko.attempt_transaction(job(peer, TO), sessions)).replies)
 
-        peer = self.peer({"RCPT": refuses(b="450 4.2.0 later"), ".": [*[USUAL["."]] * 3, "451 4.3.0 later"]})
-        self.assertEqual(haineko.run(four()), [("451", "DATA"), ("450", "RCPT"), ("451", "DATA")])
+        peer = self.peer({"RCPT": refuses(b="450 4.2.0 later"), ".": [None, None, None, "451 4.3.0 later"]})
+        sessions = Reusing()
+        wanted = ["451 4.3.0 DATA", "450 4.2.0 RCPT", "451 4.3.0 DATA"]
+        self.assertEqual(haineko.run(and_closed(four(), sessions)), wanted)
         self.assertEqual((len(peer.connections), len(peer.mails)), (4, 4))
         self.assertEqual(sum(line.startswith("RCPT TO:<b@") for line in peer.lines), 4)
 
-    def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self) -> None:
-        login = {"auth": "x", "credentials": ("kijitora", "nyaa")}
-        pem = certificate()
-        for says, offers, more, wanted, fault in (
-            ({"AUTH": "535 5.7.8 wrong"}, ("AUTH PLAIN",), login, ("535", "5.7.8", "AUTH"), True),
-            ({"AUTH": "504 5.5.4 what"}, ("AUTH PLAIN LOGIN",), login, ("504", "5.5.4", "AUTH"), True),
-            ({"EHLO": "550 5.7.1 no", "HELO": "550 5.7.1 no"}, (), {}, ("550", "5.7.1", "EHLO"), True),
-            ({"STARTTLS": "554 no"}, ("STARTTLS",), {"starttls": True}, ("554", None, "STARTTLS"), True),
-            ({"MAIL": "530 5.7.0 log in first"}, (), {}, ("530", "5.7.0", "MAIL"), True),
-            ({"RCPT": "530 5.7.0 log in first"}, (), {}, ("530", "5.7.0", "RCPT"), True),
-            ({"MAIL": "550 5.7.1 not with this login"}, ("AUTH PLAIN",), login, ("550", "5.7.1", "MAIL"), True),
-            ({"MAIL": "550 5.7.1 not you"}, (), {}, ("550", "5.7.1", "MAIL"), False),
-            ({"RCPT": "550 5.7.1 no relaying"}, ("AUTH PLAIN",), login, ("550", "5.7.1", "RCPT"), False),
-            ({"CONN": "554 5.7.1 no"}, (), {}, ("554", "5.7.1", "CONN"), False),
-        ):
-            with self.subTest(says):
-                peer = self.peer(says, *offers, logins={"kijitora": "nyaa"}, tls=pem if "STARTTLS" in offers else "")
-                [[reply]] = carried(job(peer, **more))
-                self.assertEqual((reply.code, reply.dsn, reply.command), wanted)
-                self.assertEqual((reply.route_fault, reply.temporary, reply.from_server), (fault, fault, True))
-        logged = [line for line in self.logged() if "warning: " in line]
-        self.assertEqual((len(logged), "535 5.7.8 wrong" in logged[0]), (7, True))
-
-    def login_words(self, *turns: bytes):
-        """What a server that offers LOGIN says: these challenges; user and password are those of its words."""
-
-        def say(talk: SmtpConnection, line: str) -> str:
-            if line != "AUTH LOGIN":
-                return "501 5.5.4 no initial response here"
-            answers = []
-            for challenge in turns:
-                talk.sock.sendall(b"334" + challenge + b"\r\n")
-                answers.append(base64.b64decode(talk.line()).decode())
-            return "235 2.7.0 welcome" if answers[-2:] == ["kijitora", "nyaa"] else f"535 5.7.8 {len(answers)}"
-
-        return say
-
-    def test_login_is_asked_in_many_ways(self) -> None:
-        for turns in (
-            (b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),  # Username: Password:
-            (b" VXNlciBOYW1lAA==", b" UGFzc3dvcmQA"),
-            (b" VXNlciBOYW1lAA", b" UGFzc3dvcmQA"),  # without padding
-            (b" Username:", b" Password:"),
-            (b" please send your user name", b" and the password, please"),
-            (b" go on", b" go on"),
-            (b" ", b" "),
-            (b"", b""),
-        ):
-            with self.subTest(turns):
-                peer = self.peer({"AUTH": self.login_words(*turns)}, "AUTH LOGIN")
-                [[reply]] = carried(job(peer, auth="x", credentials=("kijitora", "nyaa")))
-                self.assertEqual(reply.code, "250", reply)
-
-    def test_one_mechanism_is_tried_once(self) -> None:
-        every = "AUTH LOGIN PLAIN CRAM-MD5"
-        for says, offer, wanted, tried in (
-            ({"AUTH": "535 5.7.8 wrong"}, every, ("535", "5.7.8", "AUTH"), ["CRAM-MD5"]),
-            (
-                {"AUTH": b"535 5.7.8 wrong\r\n421 4.7.0 too many errors\r\n"},
-                every,
-                ("535", "5.7.8", "AUTH"),
-                ["CRAM-MD5"],
-            ),
-            ({"AUTH": "454 4.7.0 later"}, every, ("454", "4.7.0", "AUTH"), ["CRAM-MD5"]),
-            ({"AUTH": ["504 5.5.4 unknown", None]}, every, FINE, ["CRAM-MD5", "PLAIN"]),
-            ({"AUTH": ["534 5.7.9 too weak", "504 no", None]}, every, FINE, ["CRAM-MD5", "PLAIN", "LOGIN"]),
-            ({"AUTH": "534 5.7.9 too weak"}, every, ("534", "5.7.9", "AUTH"), ["CRAM-MD5", "PLAIN", "LOGIN"]),
-            ({"AUTH": "501 5.5.2 what"}, "AUTH PLAIN LOGIN", ("501", "5.5.2", "AUTH"), ["PLAIN"]),
-        ):
-            with self.subTest(says):
-                peer = self.peer(says, offer, logins={"kijitora": "nyaa"})
-                [[reply]] = carried(job(peer, auth="x", credentials=("kijitora", "nyaa")))
-                self.assertEqual((reply.code, reply.dsn, reply.command), wanted)
-                self.assertEqual([line.split()[1] for line in peer.lines if line.startswith("AUTH")], tried)
-
-    def test_passwords_beyond_ascii_and_long_ones(self) -> None:
-        for password in ("nyaa-\u306b\u3083\u3042-\xe9", "x" * 600):
-            for offer in ("AUTH CRAM-MD5", "AUTH PLAIN", "AUTH LOGIN"):
-                with self.subTest(offer, password=password):
-                    peer = self.peer({}, offer, logins={"kijitora": password})
-                    [[reply]] = carried(job(peer, auth="x", credentials=("kijitora", password)))
-                    self.assertEqual(reply.code, "250")
-                    self.assertLessEqual(max(len(line) for line in peer.lines if line.startswith("AUTH")), 510)
-
-    def test_names_in_ehlo(self) -> None:
-        for hostname, wanted in (
-            ("relay.example.org", "relay.example.org"),
-            ("3f2a9c0d1e2b.localdomain", "[127.0.0.1]"),
-        ):
-            with self.subTest(hostname):
-                peer = self.peer()
-                carried(job(peer)._replace(hostname=hostname))
-                self.assertEqual(peer.lines[0].lower(), f"ehlo {wanted}".lower())
-
-    def test_whatever_ends_an_opening_while_others_work_is_a_limit(self) -> None:
-        reset = socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-        for name in ("close", "reset", "554", "EHLO", "AUTH"):
-            places, lock, taken, count = 3, threading.Lock(), [], 16
-
-            def greet(talk: SmtpConnection, line: str, name=name, lock=lock, taken=taken, places=places):
-                with lock:
-                    if len(taken) < places:
-                        taken.append(talk)
-                    elif name not in ("EHLO", "AUTH"):
-                        if name == "reset":
-                            talk.sock.setsockopt(socket.SOL_SOCKET, *reset)
-                        return "554 5.7.0 too many" if name == "554" else HANG_UP
-                return "220 here"
-
-            def later(talk: SmtpConnection, line: str, taken=taken):
-                return None if talk in taken else "421 4.7.0 too many"
-
-            with self.subTest(name):
-                says = {"CONN": greet, **({name: later} if name in ("EHLO", "AUTH") else {})}
-                peer = self.peer(says, "AUTH PLAIN", logins={"kijitora": "nyaa"})
-                login = {"auth": "x", "credentials": ("kijitora", "nyaa")} if name == "AUTH" else {}
-                self.assertEqual(self.at_once(peer, count, **login), {("250", "DATA"): count})
-
-    def test_replies_are_read_in_linear_time(self) -> None:
-        def seconds(octets: bytes) -> float:
-            began = time.perf_counter()
-            for start in range(0, len(octets), 4096):
-                try:
-                    haineko.parse_reply(octets[: start + 4096])
-                except haineko.ProtocolError:
-                    break
-            return time.perf_counter() - began
-
-        for shape in (b"250-" + b"\r" * 65536 + b"x\n", b"250-" + b"\r" * 65536, b"250" + b"\t" * 65536 + b"x\n"):
-            self.assertLess(seconds(shape), 0.5)
-        for line in (b"250 " + b"x" * haineko.MAX_LINE + b"\r\n", b"250 " + b"\r" * haineko.MAX_LINE + b"\r\n"):
-            self.assertRaises(haineko.ProtocolError, haineko.parse_reply, line)
-
 
 class BeyondAscii(Peers):
-    """Addresses, 8-bit octets and large files through a real process to a next hop."""
+    """Addresses, 8-bit octets and large files, to a next hop."""
 
-    NEKO, PLAIN = "ねこ@example.jp", "a@example.jp"
-
-    def sent(self, submission, *offers: str) -> tuple:
-        """(HTTP status, replies, mails, MAIL and RCPT lines) of a submission; the next hop offers so much."""
-        peer = self.peer(None, *offers)
-        force = {"mailertable": {"default": {"host": peer.host, "port": peer.port, "timeout": 2}}}
-        server = served(self, {**force, "smtpd": {"hostname": NAME, "max_rcpts_per_message": 9}})
-        status, _, answer = server.ask(post(submission))
-        found = answer["response"]
-        lines = [line for line in peer.lines if line[:4] in ("MAIL", "RCPT")]
-        return status, [(item["code"], item["dsn"], item["command"]) for item in found], peer.mails, lines
-
-    FINE, NO_RCPT = ("250", "2.0.0", "DATA"), ("553", "5.6.7", "RCPT")
-    UTF8 = ("8BITMIME", "SMTPUTF8", "PIPELINING")
-
-    def test_a_recipient(self):
-        submission = document(rcpt=[self.NEKO, self.PLAIN])
-        status, said, mails, lines = self.sent(submission, *self.UTF8)
-        self.assertEqual((status, said), (200, [self.FINE] * 2))
-        self.assertEqual(
-            sorted(lines),
-            sorted(
-                [
-                    "MAIL FROM:<kijitora@example.org> BODY=8BITMIME SMTPUTF8",
-                    f"RCPT TO:<{self.NEKO}>",
-                    "MAIL FROM:<kijitora@example.org>",
-                    f"RCPT TO:<{self.PLAIN}>",
-                ]
-            ),
+    def test_what_is_sent_and_what_is_refused(self) -> None:
+        neko, plain, own = "ねこ@example.jp", "a@example.jp", "MAIL FROM:<kijitora@example.org>"
+        eight, utf8 = ("8BITMIME",), ("8BITMIME", "SMTPUTF8", "PIPELINING")
+        as_8bit, as_utf8, word = " BODY=8BITMIME", " BODY=8BITMIME SMTPUTF8", "=?UTF-8?B?54yr?="
+        to_neko, to_plain, to_b = (f"RCPT TO:<{to}>" for to in (neko, plain, "b@example.jp"))
+        refused, bad, ess = "553 5.6.7 RCPT", "553 5.1.5 RCPT", "U+00DF has two readings in a domain"
+        both, alone = document(rcpt=[neko, plain]), document(rcpt=[neko])
+        shown = document(rcpt=None, header={"to": plain, "bcc": [neko, "b@example.jp"]})
+        by_neko = document(mail=neko, header={"from": None})
+        reply_to = document(header={"replyto": f"ねこ <{neko}>", "subject": "猫"})
+        mikeneko, from_a = "RCPT TO:<mikeneko@example.jp>", "MAIL FROM:<a@example.org>"
+        domains = document(mail="a@例え.jp", rcpt=["b@日本語.jp", "c@straße.de"], header={"from": None})
+        in_ascii = ["MAIL FROM:<a@xn--r8jz45g.jp>", "RCPT TO:<b@xn--wgv71a119e.jp>"]
+        mime = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
+        octets, subject, name, number = (
+            {"mail": "a@example.org", "rcpt": [plain], "raw": raw}
+            for raw in (
+                f"From: a@example.org\n{mime}\n猫\n",
+                f"From: a@example.org\nSubject: 猫\n{mime}\n猫\n",
+                "From: ねこ <a@example.org>\nSubject: 猫\n\nx\n",
+                f"Message-ID: <ü@example.org>\nFrom: a@example.org\nSubject: 猫\n{mime}\n猫\n",
+            )
         )
-        self.assertEqual(
-            {text.decode().partition("\r\nTo: ")[2].partition("\r\n")[0] for _, _, text, _ in mails},
-            {self.NEKO, self.PLAIN},
-        )
-        status, said, mails, lines = self.sent(submission, "8BITMIME")
-        self.assertEqual((status, said, len(mails)), (207, [self.NO_RCPT, self.FINE], 1))
-        status, said, mails, lines = self.sent(document(rcpt=[self.NEKO]), "8BITMIME")
-        self.assertEqual((status, said, mails, lines), (400, [self.NO_RCPT], [], []))
-
-    def test_recipients_of_one_message(self):
-        header = {"to": self.PLAIN, "bcc": [self.NEKO, "b@example.jp"]}
-        submission = document(rcpt=None, header=header)
-        self.assertEqual(self.sent(submission, *self.UTF8)[1], [self.FINE] * 3)
-        status, said, mails, _ = self.sent(submission)
-        self.assertEqual((status, said), (207, [self.FINE, self.NO_RCPT, self.FINE]))
-        self.assertEqual(mails[0][1], [f"RCPT TO:<{self.PLAIN}>", "RCPT TO:<b@example.jp>"])
-
-    def test_a_sender(self):
-        submission = document(mail=self.NEKO, header={"from": None})
-        status, said, mails, lines = self.sent(submission, *self.UTF8)
-        self.assertEqual(
-            (status, said, lines[0]), (200, [self.FINE], f"MAIL FROM:<{self.NEKO}> BODY=8BITMIME SMTPUTF8")
-        )
-        self.assertIn(f"\r\nFrom: {self.NEKO}\r\n".encode(), mails[0][2])
-        status, said, mails, lines = self.sent(submission, "8BITMIME")
-        self.assertEqual((status, said, lines), (400, [("553", "5.6.7", "MAIL")], []))
-
-    def test_an_address_in_the_header(self):
-        submission = document(header={"replyto": f"ねこ <{self.NEKO}>", "subject": "猫"})
-        status, said, mails, _ = self.sent(submission, *self.UTF8)
-        self.assertEqual((status, said), (200, [self.FINE]))
-        self.assertIn(f" <{self.NEKO}>\r\n".encode(), mails[0][2])
-        self.assertNotIn("猫".encode(), mails[0][2])
-        self.assertEqual(self.sent(submission)[:2], (502, [("554", "5.6.9", "MAIL")]))
-
-    def test_domains(self):
-        status, said, _, lines = self.sent(
-            document(mail="a@例え.jp", rcpt=["b@日本語.jp", "c@straße.de"], header={"from": None})
-        )
-        self.assertEqual((status, said), (207, [self.FINE, ("553", "5.1.5", "RCPT")]))
-        self.assertEqual(lines, ["MAIL FROM:<a@xn--r8jz45g.jp>", "RCPT TO:<b@xn--wgv71a119e.jp>"])
-        for given, slug in (({"mail": "a@faß.de"}, "5.5.4"), ({"rcpt": ["a@faß.de"]}, "5.1.5")):
-            _, answer = posted(document(**given))
-            self.assertEqual(answer["response"][0]["dsn"], slug)
-            self.assertIn("U+00DF has two readings in a domain", answer["response"][0]["message"][1])
-
-    def test_a_header_beside_a_body_with_octets_over_127(self):
-        text = (
-            "Subject: 猫\nMIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
-        )
-        submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
-        status, said, mails, lines = self.sent(submission, "8BITMIME")
-        self.assertEqual((status, said, lines[0]), (200, [self.FINE], "MAIL FROM:<a@example.org> BODY=8BITMIME"))
-        self.assertIn(b"\r\nSubject: =?UTF-8?B?54yr?=\r\n", mails[0][2])
-        self.assertTrue(mails[0][2].endswith("\r\n\r\n猫\r\n".encode()))
-        self.assertTrue(self.sent(submission)[2][0][2].isascii())
-        submission["raw"] = "Message-ID: <ü@example.org>\n" + submission["raw"]
-        peer = self.peer(None, "8BITMIME")
-        force = settings(mailertable={"default": {"host": peer.host, "port": peer.port, "timeout": 2}})
-        reply = posted(submission, force)[1]["response"][0]
-        self.assertEqual((reply["code"], reply["message"][1:]), ("554", ["in message-id"]))
-
-    def test_a_finished_message_with_octets_over_127(self):
-        text = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
-        submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
-        for offers, parameters, coding in [
-            (self.UTF8, " BODY=8BITMIME", "8bit"),
-            (("8BITMIME",), " BODY=8BITMIME", "8bit"),
-            ((), "", "quoted-printable"),
-        ]:
-            with self.subTest(offers):
-                status, said, mails, lines = self.sent(submission, *offers)
-                self.assertEqual((status, said, lines[0]), (200, [self.FINE], f"MAIL FROM:<a@example.org>{parameters}"))
-                found = parsed(mails[0][2])
-                self.assertEqual((found["content-transfer-encoding"], text_in(found)), (coding, "猫\n"))
-                self.assertEqual(mails[0][2].isascii(), not parameters)
-
-    def test_a_finished_message_with_a_header_in_utf8(self):
-        submission = {
-            "mail": "a@example.org",
-            "rcpt": [self.PLAIN],
-            "raw": "From: ねこ <a@example.org>\nSubject: 猫\n\nx\n",
-        }
-        for offers in (self.UTF8, ("8BITMIME",), ()):
-            with self.subTest(offers):
-                status, said, mails, lines = self.sent(submission, *offers)
-                self.assertEqual((status, said), (200, [self.FINE]))
-                self.assertEqual(lines[0].endswith(" BODY=8BITMIME SMTPUTF8"), "SMTPUTF8" in offers)
-                self.assertEqual("Subject: 猫\r\n".encode() in mails[0][2], "SMTPUTF8" in offers)
-                self.assertEqual(mails[0][2].isascii(), "SMTPUTF8" not in offers)
-                self.assertEqual(parsed(mails[0][2])["subject"], "猫")
+        for submission, offers, status, told_, lines, *words in (
+            (both, utf8, 200, FINE, [own, own + as_utf8, to_plain, to_neko], f"\nTo: {neko}\r", f"\nTo: {plain}\r"),
+            (both, eight, 207, [refused, FINE], [own, to_plain]),
+            (alone, eight, 400, refused, []),
+            (shown, utf8, 200, FINE, [own + as_utf8, to_plain, to_b, to_neko]),
+            (shown, (), 207, [FINE, refused, FINE], [own, to_plain, to_b]),
+            (by_neko, utf8, 200, FINE, [f"MAIL FROM:<{neko}>{as_utf8}", mikeneko], f"\r\nFrom: {neko}\r\n"),
+            (by_neko, eight, 400, "553 5.6.7 MAIL", []),
+            (reply_to, utf8, 200, FINE, [own + as_utf8, mikeneko], f" <{neko}>\r\n", f"\nSubject: {word}\r\n"),
+            (reply_to, (), 502, "554 5.6.9 MAIL", []),
+            (domains, (), 207, [FINE, bad], in_ascii, ess),
+            (document(mail="a@faß.de"), (), 400, "553 5.5.4 MAIL", [], ess),
+            (document(rcpt="a@faß.de"), (), 400, bad, [], ess),
+            (subject, eight, 200, FINE, [from_a + as_8bit, to_plain], f"\r\nSubject: {word}\r\n", "\r\n\r\n猫\r\n"),
+            (subject, (), 200, FINE, [from_a, to_plain]),
+            (number, eight, 502, "554 5.6.9 MAIL", [], "in message-id"),
+            (octets, utf8, 200, FINE, [from_a + as_8bit, to_plain], "-Encoding: 8bit\r"),
+            (octets, eight, 200, FINE, [from_a + as_8bit, to_plain], "-Encoding: 8bit\r"),
+            (octets, (), 200, FINE, [from_a, to_plain], "-Encoding: quoted-printable\r"),
+            (name, utf8, 200, FINE, [from_a + as_utf8, to_plain], "Subject: 猫\r\n"),
+            (name, eight, 200, FINE, [from_a, to_plain], f"Subject: {word}\r\n"),
+            (name, (), 200, FINE, [from_a, to_plain], f"Subject: {word}\r\n"),
+        ):
+            with self.subTest(submission, offers=offers):
+                peer = self.peer(None, *offers)
+                force = settings(mailertable={"default": esmtp(peer)}, smtpd={"hostname": NAME})
+                found, answer = posted(submission, force)
+                items = answer["response"]
+                self.assertEqual(found, status)
+                wanted = told_ if isinstance(told_, list) else [told_] * len(items)
+                self.assertEqual([f"{item['code']} {item['dsn']} {item['command']}" for item in items], wanted)
+                self.assertEqual(sorted(line for line in peer.lines if line[:4] in ("MAIL", "RCPT")), sorted(lines))
+                self.assertEqual(len(peer.mails), sum(line.startswith("MAIL") for line in lines))
+                texts = [mail.text.decode() for mail in peer.mails]
+                for piece in words:
+                    self.assertIn(piece, "".join((*texts, *("\n".join(item["message"]) for item in items))))
+                for mail in peer.mails:
+                    self.assertTrue(as_8bit in mail.mail or mail.text.isascii())
+                    body = submission.get("body") or submission["raw"].partition("\n\n")[2]
+                    self.assertEqual(parsed(mail.text).get_content().replace("\r\n", "\n"), body)
 
     @unittest.skipUnless(os.path.exists("/proc/self/clear_refs"), "needs Linux")
     def test_a_large_file(self):
         """25 MB: four times the size of the message in memory at most, and others are served meanwhile."""
         peer = self.peer(None, "SIZE")
-        route = {"host": peer.host, "port": peer.port, "timeout": 10}
-        server = Server(
-            {
-                "mailertable": {"default": route, "small.example": {"mailer": "Discard"}},
-                "smtpd": {"hostname": NAME, "max_message_size": 40 << 20},
-            }
-        )
-        self.addCleanup(server.close)
+        table = {"default": esmtp(peer, timeout=10), "small.example": {"mailer": "Discard"}}
+        smtpd = {"hostname": NAME, "max_message_size": 40 << 20}
+        server = served(self, {"mailertable": table, "smtpd": smtpd})
         octets = os.urandom(1 << 20) * 25
         large, small = post(document(attachments=[file("a.bin", octets)])), post(document(rcpt="a@small.example"))
         self.assertEqual(server.ask(post(document(html="x", attachments=[file("b")])))[0], 200)
@@ -7609,8 +6989,8 @@ class BeyondAscii(Peers):
                 slowest = max(slowest, time.monotonic() - began)
             self.assertEqual(big.answer()[0], 200)
             whole = time.monotonic() - start
-        size = len(peer.mails[-1][2])
-        self.assertEqual(files_in(parsed(peer.mails[-1][2]))[0][2], octets)
+        size = len(peer.mails[-1].text)
+        self.assertEqual(files_in(parsed(peer.mails[-1].text))[0][2], octets)
         self.assertLess(memory(worker, "VmHWM") - before, 4 * size)
         self.assertLess(slowest, max(1.0, whole / 2))  # seconds
 
