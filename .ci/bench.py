@@ -435,15 +435,11 @@ def fill(path: str, count: int) -> None:
     store, now, first = haineko.QueueDB(haineko.QueueSettings(path=path)), time.time(), 1000
     message = haineko.Message((b"Subject: Nyaa\r\nTo: ", b"\r\nMessage-Id: <", b"@x>\r\n\r\n" + b"x" * 1024 + b"\r\n"))
     place = {"mailer": "ESMTP", "host": "127.0.0.1", "port": 1}
-    fate = (
-        haineko.make_reply("lost", "Connection refused", command="CONN", **place),
-        haineko.Disposition("open", 3600),
-        [],
-    )
-    work = []
+    reply = haineko.make_reply("lost", "Connection refused", command="CONN", **place)
+    work, fate = [], haineko.AttemptResult(reply, "open", 3600)
     for i in range(first):
-        to = (f"neko{i}@example.jp",) * 2 + (1, f"ESMTP 127.0.0.{i % 5}:1")
-        entry = haineko.NewQueueItem(f"{i:016d}", "mail", "kijitora@example.org", "", now, message, (to,))
+        to = haineko.NewRecipient(*[f"neko{i}@example.jp"] * 2, 1, f"ESMTP 127.0.0.{i % 5}:1")
+        entry = haineko.QueueItem(f"{i:016d}", "mail", "kijitora@example.org", "", now, message, (to,))
         work.append((haineko.enqueue, (entry, [fate])))
     store.commit(work)
     store.commit([(copy, (first, count // first))])
