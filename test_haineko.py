@@ -4435,7 +4435,7 @@ class Messages(Composed):
         self.assertEqual(found, ("a@example.jp", "b@example.jp", "c@example.jp", "d@example.jp"))
 
     def test_a_finished_message_gets_what_it_lacks(self):
-        found = dict(raw_fields(composed(self.finished(b"To: a@b.jp\nSubject: a\n b\n\nx"))))
+        found = dict(raw_fields(composed(self.finished(b"To: a@b.jp\nBcc: c@b.jp\nSubject: a\n b\n\nx"))))
         self.assertEqual(" ".join(found), "Received To Subject From Date Message-Id X-Haineko-Loop")
         self.assertEqual((found["Subject"], found["From"]), ("a\r\n b", "<s@example.org>"))
 
@@ -5119,7 +5119,7 @@ class HostsOfADomain(unittest.TestCase):
         self.assertGreater(len(orders), 12)
 
     def test_this_host_and_those_behind_it_are_left_out(self):
-        values = ((20, "relay.example"), (20, "b"), (30, "c"))
+        values = ((20, "relay.example"), (20, "b"), (30, "c"), (40, "relay.example"))
         self.assertEqual(self.hosts((10, "a"), *values, hostname="Relay.example"), ("a",))
         with self.assertRaises(haineko.Rejected) as caught:
             self.hosts(*values)
