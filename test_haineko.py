@@ -4104,23 +4104,15 @@ class Policy(Quiet):
 # ======================================================================================================================
 
 
-def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> haineko.Reply | None:
-    """The Reply by which a check of a submission refuses it, or one of its recipients."""
-    try:
-        haineko.apply_checks(haineko.CHECKS["submission"], request_, submission, settings())
-        replies, _ = haineko.check_recipients(request_, submission, settings())
-        return next(filter(None, replies.values()), None)
-    except haineko.Rejected as error:
-        return error.reply
-
-
 def composed(submission, client: str = "127.0.0.1", to: str = "mikeneko@example.jp") -> bytes:
     """The octets of the message of a submission."""
-    found, faults, _ = haineko.parse_submission(as_body(submission))
-    if faults:
-        raise ValueError(faults)
-    message = haineko.compose(found, "Q" * 16, haineko.parse_ip(client), NAME, NOW)
-    return message.copy(to, 1)
+    return haineko.compose(understood(submission), "Q" * 16, haineko.parse_ip(client), NAME, NOW).copy(to, 1)
+
+
+# {(row, cell): character} of the 94 rows of 94 cells, in the order in which code page 932 counts them
+CELLS = itertools.product([*range(0x81, 0xA0), *range(0xE0, 0xF0)], [*range(0x40, 0x7F), *range(0x80, 0xFD)])
+CELLS = {divmod(i, 94): bytes(code).decode("cp932", "replace") for i, code in enumerate(CELLS)}
+CELLS = {place: text for place, text in CELLS.items() if "\ufffd" not in text}
 
 
 def as_in_jis(octets: bytes) -> str:
@@ -4136,17 +4128,6 @@ def as_in_jis(octets: bytes) -> str:
     if state != "(B":
         raise ValueError("does not end in ASCII")
     return "".join(text)
-
-
-def _cells() -> dict:
-    """{(row, cell): character} of the 94 rows of 94 cells, in the order in which code page 932 counts them."""
-    leads, trails = [*range(0x81, 0xA0), *range(0xE0, 0xF0)], [*range(0x40, 0x7F), *range(0x80, 0xFD)]
-    codes = itertools.product(leads, trails)
-    found = {divmod(i, 94): bytes(code).decode("cp932", "replace") for i, code in enumerate(codes)}
-    return {place: text for place, text in found.items() if "\ufffd" not in text}
-
-
-CELLS = _cells()
 
 
 def unfolded(field: str) -> str:
@@ -4167,71 +4148,60 @@ def raw_fields(octets: bytes) -> list:
     return [tuple(line.split(": ", 1)) for line in re.split(r"\r\n(?![ \t])", head)]
 
 
-def decoded_body(octets: bytes) -> str:
-    """The text as a reader shows it, by email's reading of the transfer encoding."""
-    parsed = email.message_from_bytes(octets)
-    raw, charset = parsed.get_payload(decode=True), parsed.get_content_charset()
-    return as_in_jis(raw) if charset == "iso-2022-jp" else raw.decode(charset)
+def text_in(part) -> str:
+    """What a part of text says as a reader shows it, by email's reading of the transfer encoding; with LF."""
+    octets, charset = part.get_payload(decode=True), part.get_content_charset()
+    return (as_in_jis(octets) if charset == "iso-2022-jp" else octets.decode(charset)).replace("\r\n", "\n")
 
 
-JAPANESE = [
-    ("kana and kanji", "謹賀新年、あとでお年玉を貰いに行きます", None),
-    ("half-width kana", "ﾊﾝｶｸｶﾅ", "ハンカクカナ"),
-    ("half-width kana with marks", "ｶﾞｷﾞｸﾞﾊﾟﾋﾟﾌﾟｳﾞ", "ガギグパピプヴ"),
-    ("a mark alone", "ﾞﾟ", "゛゜"),
-    ("half-width punctuation", "｡｢｣､･ｰ", "。「」、・ー"),
-    ("NEC", "①②⑳ⅠⅩ㍉㌔㈱№℡㍻", None),
-    ("IBM", "髙﨑ⅰⅹ￤＂纊", None),
-    ("wave and others", "～∥－￠￡￢―", None),
-    ("the same as others write them", "〜‖−¢£¬—", "～∥－￠￡￢―"),
-    ("mixed with ASCII", "Re: [neko:123] 髙橋様 (ｶｯｺ) ～①～", "Re: [neko:123] 髙橋様 (カッコ) ～①～"),
-    ("backslash and yen", "＼￥\\ ~", None),
-]
+def files_in(message) -> list:
+    """[(name, type, octets, disposition, content id)] of the parts that are files."""
+    parts = [part for part in message.walk() if part.get_content_disposition()]
+    octets = [p.get_payload(0).as_bytes() if p.is_multipart() else p.get_payload(decode=True) for p in parts]
+    return [
+        (part.get_filename(), part.get_content_type(), found, part.get_content_disposition(), part.get("content-id"))
+        for part, found in zip(parts, octets)
+    ]
+
+
+def ends(text: str) -> str:
+    """Text as it comes out: LF, one behind the last line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text if text.endswith("\n") else text + "\n"
+
+
+# {text: what it becomes in ISO-2022-JP where that is another}
+JAPANESE = {
+    "謹賀新年、あとでお年玉を貰いに行きます": "", "ﾊﾝｶｸｶﾅ": "ハンカクカナ", "ｶﾞｷﾞｸﾞﾊﾟﾋﾟﾌﾟｳﾞ": "ガギグパピプヴ", "ﾞﾟ": "゛゜",
+    "｡｢｣､･ｰ": "。「」、・ー", "①②⑳ⅠⅩ㍉㌔㈱№℡㍻": "", "髙﨑ⅰⅹ￤＂纊": "", "～∥－￠￡￢―": "", "〜‖−¢£¬—": "～∥－￠￡￢―",
+    "Re: [neko:123] 髙橋様 (ｶｯｺ) ～①～": "Re: [neko:123] 髙橋様 (カッコ) ～①～", "＼￥\\ ~": "",
+}  # fmt: skip
 EVERYWHERE = [
-    ("ASCII", "Nyaaaa"),
-    ("like an encoded word", "=?UTF-8?B?44Kt?="),
-    ("quotes and backslashes", 'say "x\\y", (or) <not>; a@b'),
-    ("spaces", "  two  before, three   within, one after "),
-    ("a tab", "a\tb"),
-    ("Latin", "Grüße, señor Müller"),
-    ("Greek", "Γάτα"),
-    ("a cat", "😺 and a family 👨‍👩‍👧"),
-    ("combining", "か\u3099 e\u0301"),
-    ("control characters", "a\x01\x1b[2J\x7f\x85b"),
-    ("line separators", "a\u2028b\u2029c\x0bd\x0ce"),
-    ("not in Japanese", "①ü"),
-    ("long ASCII", "meow " * 100 + "end"),
-    ("one long word", "m" * 900),
-    ("one longer word", "m" * 3000),
-    ("long Japanese", "猫" * 500),
-    ("long cats", "😺" * 300),
-]
+    "Nyaaaa", "=?UTF-8?B?44Kt?=", 'say "x\\y", (or) <not>; a@b', "  two  before, three   within, one after ", "a\tb",
+    "Grüße, señor Müller", "Γάτα", "😺 and a family 👨‍👩‍👧", "か\u3099 e\u0301", "a\x01\x1b[2J\x7f\x85b",
+    "a\u2028b\u2029c\x0bd\x0ce", "①ü", "meow " * 100 + "end", "m" * 900, "m" * 3000, "猫" * 500, "😺" * 300,
+]  # fmt: skip
+BODIES = [
+    "a", "a\n", "a\r\nb\r\n", "a\rb\r", "a\r\r\nb\n\rc", "\n\n\n", ".\n..\n.a\n", "From here\n>From there\n",
+    "a \n \n\tb\t\n", "a=b=20=\n", "a\0b\n", "x" * 5000, ("y" * 998 + "\n") * 3, "a" * 78 + "\n" + "b" * 79,
+    "Subject: x\n\n", "猫" * 3000,
+]  # fmt: skip
 CHARSETS = [
-    "UTF-8",
-    "ISO-2022-JP",
-    "ISO-8859-1",
-    "US-ASCII",
-    "Shift_JIS",
-    "EUC-JP",
-    "windows-1252",
-    "gb18030",
-    "KOI8-R",
-]
+    "UTF-8", "ISO-2022-JP", "ISO-8859-1", "US-ASCII", "Shift_JIS", "EUC-JP", "windows-1252", "gb18030", "KOI8-R",
+]  # fmt: skip
 
 
-class Messages(unittest.TestCase):
-    maxDiff = None
+class Composed(Quiet):
     ORDER = ("Received", "From", "Sender", "To", "Reply-To", "Subject", "Date", "Message-Id", "X-Haineko-Loop",
              "MIME-Version", "Content-Type", "Content-Transfer-Encoding")  # fmt: skip
 
-    def check_form(self, octets: bytes) -> None:
+    def check_form(self, octets: bytes, order: bool = True) -> None:
         """What holds for every message, whatever is in it."""
         self.assertTrue(octets.endswith(b"\r\n"))
         self.assertFalse(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", octets))
         self.assertTrue(octets.isascii())
         self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
-        head = octets.partition(b"\r\n\r\n")[0]
-        for line in head.split(b"\r\n"):
+        for line in octets.partition(b"\r\n\r\n")[0].split(b"\r\n"):
             self.assertTrue(line.strip(), "a line of white space alone, RFC 5322 3.2.2")
             self.assertFalse(re.search(rb"[^\t\x20-\x7e]", line))
             if len(line) > 78:  # only what can't be folded
@@ -4240,138 +4210,96 @@ class Messages(unittest.TestCase):
                 self.assertLessEqual(len(word), 75)
                 self.assertLessEqual(len(line), max(76, len(word) + 1))
         names = [name for name, _ in raw_fields(octets)]
-        self.assertEqual(names, [name for name in self.ORDER if name in names])
-        self.assertEqual(set(self.ORDER) - set(names) - {"Sender", "Reply-To"}, set())
+        if order:
+            self.assertEqual(names, [name for name in self.ORDER if name in names])
+            self.assertEqual(set(self.ORDER) - set(names) - {"Sender", "Reply-To"}, set())
+
+
+class Messages(Composed):
+    maxDiff = None
 
     def test_headers_and_their_order(self):
-        octets = composed(
-            document(
-                ehlo="client.example",
-                header={"from": "A <a@example.com>", "replyto": "B <b@example.com>", "x-haineko-loop": ["r1.example"]},
-            ),
-            "192.0.2.1",
-        )
+        header = {"from": "A <a@example.com>", "replyto": "B <b@example.com>", "x-haineko-loop": ["r1.example"]}
+        octets = composed(document(ehlo="client.example", header=header), "192.0.2.1")
         self.check_form(octets)
         date = haineko.rfc5322_date(int(NOW))
-        self.assertEqual(
-            raw_fields(octets),
-            [
-                ("Received", f"from client.example ([192.0.2.1])\r\n\tby {NAME} with HTTP id {'Q' * 16};\r\n\t{date}"),
-                ("From", "A <a@example.com>"),
-                ("Sender", "kijitora@example.org"),
-                ("To", "mikeneko@example.jp"),
-                ("Reply-To", "B <b@example.com>"),
-                ("Subject", "Nyaaaa"),
-                ("Date", date),
-                ("Message-Id", f"<{'Q' * 16}.1@{NAME}>"),
-                ("X-Haineko-Loop", f"r1.example, {NAME}"),
-                ("MIME-Version", "1.0"),
-                ("Content-Type", "text/plain; charset=UTF-8"),
-                ("Content-Transfer-Encoding", "7bit"),
-            ],
-        )
+        self.assertEqual(raw_fields(octets), [
+            ("Received", f"from client.example ([192.0.2.1])\r\n\tby {NAME} with HTTP id {'Q' * 16};\r\n\t{date}"),
+            ("From", "A <a@example.com>"), ("Sender", "kijitora@example.org"), ("To", "mikeneko@example.jp"),
+            ("Reply-To", "B <b@example.com>"), ("Subject", "Nyaaaa"), ("Date", date),
+            ("Message-Id", f"<{'Q' * 16}.1@{NAME}>"), ("X-Haineko-Loop", f"r1.example, {NAME}"),
+            ("MIME-Version", "1.0"), ("Content-Type", "text/plain; charset=UTF-8"),
+            ("Content-Transfer-Encoding", "7bit"),
+        ])  # fmt: skip
         self.assertEqual(octets.partition(b"\r\n\r\n")[2], b"Meow.\r\n")
         self.assertEqual(email.utils.parsedate_to_datetime(date).timestamp(), NOW)
+        header = {
+            "X-b": ["1", "2"], "references": "<r@x>", "in_reply_to": "<i@x>", "ListId": "cats <l.example.org>",
+            "ORGANIZATION": "Cats", "to": "a@example.jp", "cc": "b@example.jp", "reply-to": "c@example.jp",
+        }  # fmt: skip
+        octets = composed(document(mail="other@example.org", html="x", header=header))
+        names = "Received From Sender To Cc Reply-To Subject Date Message-Id X-B X-B References In-Reply-To List-Id"
+        names += " Organization X-Haineko-Loop MIME-Version Content-Type"
+        self.assertEqual(" ".join(name for name, _ in raw_fields(octets)), names)
 
     def test_received_names_the_client(self):
-        cases = [
+        for ehlo, client, wanted in (
             (None, "192.0.2.1", "from [192.0.2.1] ([192.0.2.1])"),
             (None, "2001:db8::1", "from [IPv6:2001:db8::1] ([IPv6:2001:db8::1])"),
             ("[127.0.0.1]", "127.0.0.1", "from [127.0.0.1] ([127.0.0.1])"),
             ("neko", "::ffff:192.0.2.1", "from neko ([192.0.2.1])"),
-        ]
-        for ehlo, client, wanted in cases:
+        ):
             with self.subTest(wanted):
                 octets = composed(document(ehlo=ehlo), client)
                 self.check_form(octets)
                 self.assertTrue(raw_fields(octets)[0][1].startswith(wanted + "\r\n"))
 
-    def test_sender_only_where_from_is_another(self):
-        cases = [
-            (None, "kijitora@example.org", None),
-            ("K <kijitora@example.org>", "K <kijitora@example.org>", None),
-            ("K <kijitora@EXAMPLE.org>", "K <kijitora@EXAMPLE.org>", None),
-            ("K <Kijitora@example.org>", "K <Kijitora@example.org>", "kijitora@example.org"),
-            ("k@example.com", "k@example.com", "kijitora@example.org"),
-            ("kijitora@example.org, b@example.com", "kijitora@example.org, b@example.com", "kijitora@example.org"),
-        ]
-        for given, author, sender in cases:
+    def test_from_and_sender_only_where_that_is_another(self):
+        sender = "kijitora@example.org"
+        for charset, given, author, wanted in (
+            ("UTF-8", None, sender, None),
+            ("UTF-8", f"K <{sender}>", f"K <{sender}>", None),
+            ("UTF-8", "K <kijitora@EXAMPLE.org>", "K <kijitora@EXAMPLE.org>", None),
+            ("UTF-8", "K <Kijitora@example.org>", "K <Kijitora@example.org>", sender),
+            ("UTF-8", "k@example.com", "k@example.com", sender),
+            ("UTF-8", f"{sender}, b@example.com", f"{sender}, b@example.com", sender),
+            ("UTF-8", f"キジトラ <{sender}>", f"=?UTF-8?B?44Kt44K444OI44Op?= <{sender}>", None),
+            ("ISO-2022-JP", "[a:1] ｶ <a@b.jp>", "=?ISO-2022-JP?B?W2E6MV0gGyRCJSsbKEI=?= <a@b.jp>", sender),
+        ):
             with self.subTest(given):
-                found = dict(raw_fields(composed(document(header={"from": given}))))
-                self.assertEqual((found["From"], found.get("Sender")), (author, sender))
-
-    def test_addresses_stay_outside_of_encoded_words(self):
-        for charset in ("UTF-8", "ISO-2022-JP"):
-            with self.subTest(charset):
-                octets = composed(document(header={"from": "キジトラ <kijitora@example.com>", "charset": charset}))
-                self.check_form(octets)
-                field = dict(raw_fields(octets))["From"]
-                self.assertRegex(field, rf"\A=\?{charset}\?B\?[A-Za-z0-9+/=]+\?= <kijitora@example\.com>\Z")
-                self.assertEqual(email.utils.parseaddr(field)[1], "kijitora@example.com")
-                self.assertEqual(unfolded(field), "キジトラ <kijitora@example.com>")
-
-    def names(self, octets: bytes, name: str) -> list:
-        """[(display name, address)] as email reads the structure, and as a reader shows the words."""
-        value = re.sub(r"\r\n(?=[ \t])", "", dict(raw_fields(octets))[name])
-        return [(unfolded(shown), spec) for shown, spec in email.utils.getaddresses([value])]
-
-    def test_names_come_out_as_they_were_meant(self):
-        for (what, text), charset in itertools.product(EVERYWHERE, ("UTF-8", "ISO-2022-JP", "ISO-8859-1")):
-            with self.subTest(what, charset=charset):
-                quoted = '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
-                mailboxes = f"{quoted} <a@example.jp>, b@example.jp, {quoted} <c@example.jp>"
-                octets = composed(document(header={"from": mailboxes, "replyto": mailboxes, "charset": charset}))
-                self.check_form(octets)
-                meant = text.strip()
-                wanted = [(meant, "a@example.jp"), ("", "b@example.jp"), (meant, "c@example.jp")]
-                self.assertEqual(self.names(octets, "From"), wanted)
-                self.assertEqual(self.names(octets, "Reply-To"), wanted)
-
-    def test_subjects_come_out_as_they_were_meant(self):
-        for (what, text), charset in itertools.product(EVERYWHERE, CHARSETS):
-            with self.subTest(what, charset=charset):
-                octets = composed(document(header={"subject": text, "charset": charset}))
-                self.check_form(octets)
-                self.assertEqual(unfolded(dict(raw_fields(octets))["Subject"]), text)
-
-    def test_email_reads_the_same_in_utf_8(self):
-        for what, text in EVERYWHERE + [(what, text) for what, text, _ in JAPANESE]:
-            if re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029]", text) or "=?" in text or text != text.strip():
-                continue  # email has its own mind about these
-            with self.subTest(what):
-                submission = document(body=text + "\n", header={"subject": text, "from": None})
-                parsed = email.message_from_bytes(composed(submission), policy=email.policy.default)
-                self.assertEqual(parsed["Subject"], text)
-                self.assertEqual(parsed.get_content().replace("\r\n", "\n"), text + "\n")
-                self.assertEqual(parsed.defects, [])
-
-    def test_japanese_in_iso_2022_jp(self):
-        for what, text, shown in JAPANESE:
-            with self.subTest(what):
-                header = {
-                    "subject": text,
-                    "from": f"{text.replace(chr(92), '')} <a@example.jp>",
-                    "charset": "ISO-2022-JP",
-                }
-                octets = composed(document(body=text + "\n" + text, header=header))
+                octets = composed(document(header={"from": given, "charset": charset}))
                 self.check_form(octets)
                 found = dict(raw_fields(octets))
-                self.assertEqual(found["Content-Type"], "text/plain; charset=ISO-2022-JP")
-                self.assertEqual(found["Content-Transfer-Encoding"], "7bit")
-                self.assertEqual(unfolded(found["Subject"]), shown or text)
-                name = (shown or text).replace("\\", "")
-                self.assertEqual(unfolded(found["From"]), f"{name} <a@example.jp>")
-                self.assertEqual(decoded_body(octets), f"{shown or text}\r\n{shown or text}\r\n")
-                for line in octets.partition(b"\r\n\r\n")[2].split(b"\r\n"):
-                    as_in_jis(line)  # each line begins and ends in ASCII, RFC 1468
+                self.assertEqual((found["From"], found.get("Sender")), (author, wanted))
 
-    def test_strings_that_hold_iso_2022_jp_already(self):
-        for held, meant in Submissions.JIS:
-            with self.subTest(held):
-                octets = composed(document(body=held, header={"subject": held, "charset": "ISO-2022-JP"}))
+    def test_texts_come_out_as_they_were_meant(self):
+        """In a subject, in names and in a body, as a reader shows them and as email does."""
+        for text, charset in itertools.product([*BODIES, *EVERYWHERE, *JAPANESE], CHARSETS):
+            with self.subTest(text[:40], charset=charset):
+                japanese, header = charset == "ISO-2022-JP" and text in JAPANESE, {"charset": charset}
+                meant, body = (japanese and JAPANESE[text]) or text, f"{text}\n{text}" if text in JAPANESE else text
+                if not re.search("[\r\n\0]", text):
+                    quoted = '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+                    mailboxes = f"{quoted} <a@example.jp>, b@example.jp, {quoted} <c@example.jp>"
+                    header.update({"from": mailboxes, "replyto": mailboxes, "subject": text})
+                octets = composed(document(body=body, header=header))
                 self.check_form(octets)
-                self.assertEqual(unfolded(dict(raw_fields(octets))["Subject"]), meant.replace("ｶﾞ", "ガ"))
-                self.assertEqual(decoded_body(octets), meant.replace("ｶﾞ", "ガ") + "\r\n")
+                found, seen = dict(raw_fields(octets)), parsed(octets)
+                self.assertEqual(text_in(seen), ends(body.replace(text, meant)))
+                if "subject" in header:
+                    self.assertEqual(unfolded(found["Subject"]), meant)
+                    wanted = [(meant.strip(), "a@example.jp"), ("", "b@example.jp"), (meant.strip(), "c@example.jp")]
+                    for name in ("From", "Reply-To"):
+                        names = email.utils.getaddresses([re.sub(r"\r\n(?=[ \t])", "", found[name])])
+                        self.assertEqual([(unfolded(shown), address) for shown, address in names], wanted)
+                    # email has its own mind about the others
+                    if charset == "UTF-8" and not re.search("[\0-\x1f\x7f\x85\u2028\u2029]|=[?]|^ | $", text):
+                        self.assertEqual((seen["Subject"], seen.defects), (text, []))
+                if japanese:
+                    self.assertEqual(found["Content-Type"], "text/plain; charset=ISO-2022-JP")
+                    self.assertEqual(found["Content-Transfer-Encoding"], "7bit")
+                    for line in octets.partition(b"\r\n\r\n")[2].split(b"\r\n"):
+                        as_in_jis(line)  # each line begins and ends in ASCII, RFC 1468
 
     def test_every_character_of_code_page_932(self):
         self.assertGreater(len(CELLS), 7000)
@@ -4388,23 +4316,11 @@ class Messages(unittest.TestCase):
                     self.assertEqual(unfolded(dict(raw_fields(octets))["Subject"]), meant)
 
     def test_what_a_charset_can_not_hold_goes_as_utf_8(self):
-        cases = [
-            ("ISO-2022-JP", "한국어"),
-            ("ISO-2022-JP", "ü"),
-            ("ISO-2022-JP", "😺"),
-            ("ISO-2022-JP", "か\u3099"),
-            ("ISO-2022-JP", "猫\x1b$B"),
-            ("ISO-8859-1", "€"),
-            ("US-ASCII", "é"),
-            ("Shift_JIS", "ü"),
-            ("KOI8-R", "猫"),
-        ]
-        for charset, text in cases:
-            for change in (
-                {"body": text},
-                {"header": {"subject": text}},
-                {"header": {"from": f"{text} <a@example.jp>"}},
-            ):
+        for charset, text in (
+            ("ISO-2022-JP", "한국어"), ("ISO-2022-JP", "ü"), ("ISO-2022-JP", "😺"), ("ISO-2022-JP", "か\u3099"),
+            ("ISO-2022-JP", "猫\x1b$B"), ("ISO-8859-1", "€"), ("US-ASCII", "é"), ("Shift_JIS", "ü"), ("KOI8-R", "猫"),
+        ):  # fmt: skip
+            for change in ({"body": text}, {"header": {"subject": text}}, {"header": {"from": f"{text} <a@b.jp>"}}):
                 with self.subTest(charset, text=text, change=change):
                     submission = document(**change)
                     submission["header"]["charset"] = charset
@@ -4413,137 +4329,81 @@ class Messages(unittest.TestCase):
                     found = dict(raw_fields(octets))
                     self.assertEqual(found["Content-Type"], "text/plain; charset=UTF-8")
                     self.assertNotIn(f"=?{charset}?", octets.decode())
-                    whole = unfolded(found["Subject"]) + unfolded(found["From"]) + decoded_body(octets)
-                    self.assertIn(text, whole)
-
-    def test_bodies_come_out_as_they_were_meant(self):
-        bodies = [
-            ("no line end", "a"), ("one", "a\n"), ("CRLF", "a\r\nb\r\n"), ("CR", "a\rb\r"), ("mixed", "a\r\r\nb\n\rc"),
-            ("empty lines", "\n\n\n"), ("dots", ".\n..\n.a\n"), ("From", "From here\n>From there\n"), ("spaces",
-            "a \n \n\tb\t\n"),
-            ("equals", "a=b=20=\n"), ("NUL", "a\0b\n"), ("long", "x" * 5000), ("many long", ("y" * 998 + "\n") * 3),
-            ("78 and 79", "a" * 78 + "\n" + "b" * 79), ("like a header", "Subject: x\n\n"), ("mostly not ASCII",
-            "猫" * 3000),
-        ]  # fmt: skip
-        bodies += EVERYWHERE + [(what, text) for what, text, shown in JAPANESE if not shown]
-        for (what, text), charset in itertools.product(bodies, CHARSETS):
-            with self.subTest(what, charset=charset):
-                octets = composed(document(body=text, header={"charset": charset}))
-                self.check_form(octets)
-                meant = text.replace("\r\n", "\n").replace("\r", "\n")
-                meant += "" if meant.endswith("\n") else "\n"
-                self.assertEqual(decoded_body(octets).replace("\r\n", "\n"), meant)
-                self.assertLessEqual(max(map(len, octets.partition(b"\r\n\r\n")[2].split(b"\r\n"))), 998)
+                    self.assertIn(text, unfolded(found["Subject"]) + unfolded(found["From"]) + text_in(parsed(octets)))
 
     def test_transfer_encodings(self):
-        cases = [
-            ("ASCII", "Meow.\n", "UTF-8", "7bit"),
-            ("78 columns", "a" * 78, "UTF-8", "7bit"),
-            ("79 columns", "a" * 79, "UTF-8", "quoted-printable"),
-            ("78 after a line", "b\n" + "a" * 78 + "\n", "US-ASCII", "7bit"),
-            ("79 after a line", "b\n" + "a" * 79 + "\n", "US-ASCII", "quoted-printable"),
-            ("tabs", "a\tb", "UTF-8", "7bit"),
-            ("a control character", "a\x01b", "UTF-8", "quoted-printable"),
-            ("a little", "Grüße, " + "meow " * 9, "UTF-8", "quoted-printable"),
-            ("a lot", "猫の手も借りたい", "UTF-8", "base64"),
-            ("Latin", "Grüße an alle Katzen", "ISO-8859-1", "quoted-printable"),
-            ("Japanese", "猫の手も借りたい", "ISO-2022-JP", "7bit"),
-            ("long Japanese", "猫" * 400, "ISO-2022-JP", "7bit"),
-            ("longer Japanese", "猫" * 500, "ISO-2022-JP", "quoted-printable"),
-            ("Shift_JIS", "猫の手も借りたい", "Shift_JIS", "base64"),
-        ]
-        for what, text, charset, wanted in cases:
-            with self.subTest(what):
+        for text, charset, wanted in (
+            ("Meow.\n", "UTF-8", "7bit"), ("a" * 78, "UTF-8", "7bit"), ("a" * 79, "UTF-8", "quoted-printable"),
+            ("b\n" + "a" * 78 + "\n", "US-ASCII", "7bit"), ("b\n" + "a" * 79 + "\n", "US-ASCII", "quoted-printable"),
+            ("a\tb", "UTF-8", "7bit"), ("a\x01b", "UTF-8", "quoted-printable"),
+            ("Grüße, " + "meow " * 9, "UTF-8", "quoted-printable"), ("猫の手も借りたい", "UTF-8", "base64"),
+            ("Grüße an alle Katzen", "ISO-8859-1", "quoted-printable"), ("猫の手も借りたい", "ISO-2022-JP", "7bit"),
+            ("猫" * 400, "ISO-2022-JP", "7bit"), ("猫" * 500, "ISO-2022-JP", "quoted-printable"),
+            ("猫の手も借りたい", "Shift_JIS", "base64"),
+        ):  # fmt: skip
+            with self.subTest(text[:20], charset=charset):
                 octets = composed(document(body=text, header={"charset": charset}))
                 self.check_form(octets)
-                encoding = dict(raw_fields(octets))["Content-Transfer-Encoding"]
-                if what != "longer Japanese":
-                    self.assertEqual(encoding, wanted)
-                self.assertNotEqual((what, encoding), ("longer Japanese", "7bit"))
+                self.assertEqual(dict(raw_fields(octets))["Content-Transfer-Encoding"], wanted)
 
     def test_the_shorter_encoding_is_taken(self):
-        for share in range(0, 101, 5):
-            text = "\n".join(("é" * (share * 60 // 100)).ljust(60, "e") for _ in range(20)) + "\n"
-            head, octets = haineko.text_part("plain", text, "UTF-8")
-            encoding = head.decode().split()[-1]
-            plain = text.replace("\n", "\r\n").encode()
-            qp, b64 = len(haineko.binascii.b2a_qp(plain)), len(haineko.base64_lines(plain))
-            with self.subTest(share, encoding=encoding, qp=qp, b64=b64):
-                if encoding != "7bit":
-                    self.assertLess(len(octets), min(qp, b64) * 1.15)
+        for share in range(3, 61, 3):
+            text = ("é" * share + "e" * (60 - share) + "\r\n") * 20
+            body = composed(document(body=text)).partition(b"\r\n\r\n")[2]
+            quoted, base = len(binascii.b2a_qp(text.encode())), len(base64.encodebytes(text.encode())) * 78 // 77
+            with self.subTest(share, quoted=quoted, base64=base):
+                self.assertLess(len(body), min(quoted, base) * 1.15)
 
     def test_large_messages_take_time_in_proportion(self):
-        texts = [
-            ("lines of 900", ("a" * 900 + "\n") * 4000, "ISO-2022-JP"),
-            ("one line", "a" * 4000000, "UTF-8"),
-            ("not ASCII", "é" * 2000000, "UTF-8"),
-            ("a subject", "é" * 1000000, None),
-        ]
-        for what, text, charset in texts:
-            with self.subTest(what):
-                change = {"body": text} if charset else {"header": {"subject": text}}
-                submission = document(**change)
-                submission["header"]["charset"] = charset or "UTF-8"
+        for submission in (
+            document(body=("a" * 900 + "\n") * 4000, header={"charset": "ISO-2022-JP"}), document(body="a" * 4000000),
+            document(body="é" * 2000000), document(header={"subject": "é" * 1000000}),
+        ):  # fmt: skip
+            with self.subTest(body=submission["body"][:9]):
                 began = time.process_time()
                 composed(submission)
                 self.assertLess(time.process_time() - began, 2)
 
     def test_nothing_reaches_a_header_that_was_not_meant_to(self):
         evil = [
-            "\r\nX-Evil: 1",
-            "\nX-Evil: 1",
-            "\rX-Evil: 1",
-            "\r\n\r\nX-Evil: 1",
-            "\0X-Evil: 1",
-            "\r\n X-Evil: 1",
-            "\x0bX-Evil: 1",
-            "\x0c\x1c\x1d\x1e\x85\u2028\u2029X-Evil: 1",
-            "\r\n.\r\nMAIL FROM:<x-evil@x>",
-        ]
+            "\r\nX-Evil: 1", "\nX-Evil: 1", "\rX-Evil: 1", "\r\n\r\nX-Evil: 1", "\0X-Evil: 1", "\r\n X-Evil: 1",
+            "\x0bX-Evil: 1", "\x0c\x1c\x1d\x1e\x85\u2028\u2029X-Evil: 1", "\r\n.\r\nMAIL FROM:<x-evil@x>",
+        ]  # fmt: skip
         places = [
-            ("ehlo", lambda text: document(ehlo=text), "client.example"),
-            ("ehlo literal", lambda text: document(ehlo=f"[IPv6:{text}]"), "fe80::1%a"),
-            ("mail", lambda text: document(mail=text), "kijitora@example.org"),
-            ("mail quoted", lambda text: document(mail=f'"{text}"@example.org'), "kiji tora"),
-            ("from", lambda text: document(header={"from": text}), "K <kijitora@example.org>"),
-            ("name in from", lambda text: document(header={"from": f'"{text}" <kijitora@example.org>'}), "Kijitora"),
-            ("replyto", lambda text: document(header={"replyto": text}), "K <kijitora@example.org>"),
-            ("subject", lambda text: document(header={"subject": text}), "Nyaaaa"),
-            ("Japanese subject", lambda text: document(header={"subject": text, "charset": "ISO-2022-JP"}), "ﾆｬｱ"),
-            ("charset", lambda text: document(header={"charset": text}), "UTF-8"),
-            ("loop", lambda text: document(header={"x-haineko-loop": [text]}), "r1.example"),
-            ("loop as string", lambda text: document(header={"x-haineko-loop": text}), "r1.example"),
-            ("body", lambda text: document(body=text), "Meow."),
+            (lambda text: document(ehlo=text), "client.example"),
+            (lambda text: document(ehlo=f"[IPv6:{text}]"), "fe80::1%a"),
+            (lambda text: document(mail=text), "kijitora@example.org"),
+            (lambda text: document(mail=f'"{text}"@example.org'), "kiji tora"),
+            (lambda text: document(rcpt=[text]), "mikeneko@example.jp"),
+            (lambda text: document(rcpt=[f'"{text}"@example.jp']), "mike neko"),
+            (lambda text: document(rcpt=[f"a@[IPv6:{text}]"]), "fe80::1%a"),
+            (lambda text: document(header={"from": text}), "K <kijitora@example.org>"),
+            (lambda text: document(header={"from": f'"{text}" <kijitora@example.org>'}), "Kijitora"),
+            (lambda text: document(header={"replyto": text}), "K <kijitora@example.org>"),
+            (lambda text: document(header={"subject": text}), "Nyaaaa"),
+            (lambda text: document(header={"subject": text, "charset": "ISO-2022-JP"}), "ﾆｬｱ"),
+            (lambda text: document(header={"charset": text}), "UTF-8"),
+            (lambda text: document(header={"x-haineko-loop": [text]}), "r1.example"),
+            (lambda text: document(header={"x-haineko-loop": text}), "r1.example"),
+            (lambda text: document(body=text), "Meow."),
         ]
-        plain = [name for name, _ in raw_fields(composed(document(header={"replyto": "a@example.jp"})))]
-        for (what, make, good), payload in itertools.product(places, evil):
+        force, accepted = settings(), 0
+        for (make, good), payload in itertools.product(places, evil):
             for text in (payload + good, good[:3] + payload + good[3:], good + payload):
-                with self.subTest(what, text=text):
-                    submission = make(text)
-                    found, faults, _ = haineko.parse_submission(as_body(submission))
-                    request_ = request(as_body(submission))
-                    if faults or refusal_of(request_, found):
+                submission = make(text)
+                with self.subTest(submission):
+                    status, _ = posted(submission, force)
+                    self.assertIn(status, (200, 400))
+                    if status == 400:
                         continue
-                    octets = composed(submission)
+                    accepted += 1
+                    octets = composed(submission, to=submission["rcpt"][0])
                     self.check_form(octets)
-                    names = [name for name, _ in raw_fields(octets)]
-                    self.assertLessEqual(set(names), {*plain, "Sender"})
-                    self.assertEqual(len(names), len(set(names)))
                     self.assertIsNone(email.message_from_bytes(octets)["X-Evil"])
-
-    def test_recipients_do_not_reach_the_header_unchecked(self):
-        for text in (
-            "a@example.jp\r\nX: y",
-            "a@example.jp\0",
-            "\na@example.jp",
-            '"a\nb"@example.jp',
-            "a@[IPv6:fe80::1%\n]",
-        ):
-            with self.subTest(text):
-                self.assertIsNone(haineko.parse_address(text))
+        self.assertGreater(accepted, 40)  # not the bodies alone
 
     def test_a_finished_message_is_taken_apart(self):
-        cases = [
+        for octets, fields_, body in (
             (b"A: 1\nB: 2\n\nbody\n", [("a", b"A: 1\n"), ("b", b"B: 2\n")], b"body\n"),
             (b"A: 1\r\n 2\r\nB:3\r\n\r\nx\r\ny", [("a", b"A: 1\n 2\n"), ("b", b"B:3\n")], b"x\ny"),
             (b"From x Mon\nA: 1\n\nb\n", [("a", b"A: 1\n")], b"b\n"),
@@ -4553,56 +4413,26 @@ class Messages(unittest.TestCase):
             (b"no header here\n", [], b"no header here\n"),
             (b"A: 1\n\na\rb\r\nc", [("a", b"A: 1\n")], b"a\nb\nc"),
             (b"", [], b""),
-        ]
-        for octets, fields_, body in cases:
+        ):
             with self.subTest(octets):
                 self.assertEqual(haineko.parse_message(octets), (fields_, body))
         for octets in (b"A: 1\rB: 2\n\nx", b"A: 1\0\n\nx", b"A: 1\n 2\r3\n\n"):
             with self.subTest(octets), self.assertRaises(ValueError):
                 haineko.parse_message(octets)
 
+    def finished(self, octets: bytes, **more) -> dict:
+        """A submission of a finished message."""
+        return {"mail": "s@example.org", "raw": {"base64": base64.b64encode(octets).decode()}, **more}
+
     def test_recipients_of_a_finished_message(self):
         octets = b'To: A <a@example.jp>,\n "B, C" <b@example.jp>\nCc: c@example.jp\nBCC: d@example.jp\n'
-        found = haineko.header_recipients(haineko.parse_message(octets)[0])
-        self.assertEqual(found, ["a@example.jp", "b@example.jp", "c@example.jp", "d@example.jp"])
+        found = understood(self.finished(octets)).rcpt
+        self.assertEqual(found, ("a@example.jp", "b@example.jp", "c@example.jp", "d@example.jp"))
 
-    def finish(self, octets: bytes, loop: tuple = ()) -> haineko.Message:
-        trace = f"Received: by {NAME} id {'Q' * 16}"
-        raw, header = haineko.parse_message(octets), haineko.Header(loop=tuple(loop))
-        submission = haineko.Submission(mail="s@example.org", header=header, raw=raw)
-        return haineko.complete_raw_message(submission, trace, "Q" * 16, NAME, haineko.rfc5322_date(int(NOW)))
-
-    def test_a_finished_message_is_made_ready(self):
-        message = self.finish(
-            b"To: a@example.jp\nBcc: secret@example.jp\nReturn-Path: <x>\nSubject: a\n b\nX-Haineko-Loop: r1\n"
-            b"\nMeow.\n.\n",
-            ("r1",),
-        )
-        octets = message.copy("", 1)
-        self.assertFalse(message.needs_8bitmime)
-        self.assertFalse(re.search(rb"\r(?!\n)|(?<!\r)\n", octets))
-        found = raw_fields(octets)
-        self.assertEqual(
-            [name for name, _ in found],
-            ["Received", "To", "Subject", "From", "Date", "Message-Id", "X-Haineko-Loop"],
-        )
-        table = dict(found)
-        self.assertEqual((table["Subject"], table["From"]), ("a\r\n b", "<s@example.org>"))
-        self.assertEqual(table["X-Haineko-Loop"], f"r1, {NAME}")
-        self.assertTrue(table["Received"].startswith(f"by {NAME} ") and "Q" * 16 in table["Received"])
-        self.assertEqual(octets.partition(b"\r\n\r\n")[2], b"Meow.\r\n.\r\n")
-        self.assertNotIn(b"secret", octets)
-
-    def test_what_a_finished_message_says_itself_stays(self):
-        head = b"From: A <a@example.jp>\nDate: Fri, 03 Jan 2014 18:35:58 +0900\nMessage-ID: <x@y>\nMIME-Version: 1.0\n"
-        head += b"Content-Type: text/html; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
-        message = self.finish(head + "\nねこ\n".encode())
-        octets = message.copy("", 1)
-        self.assertTrue(message.needs_8bitmime)
-        self.assertEqual([name for name, _ in haineko.parse_message(octets)[0]].count("message-id"), 1)
-        for line in head.splitlines():
-            self.assertIn(line + b"\r\n", octets)
-        self.assertTrue(octets.endswith("\r\n\r\nねこ\r\n".encode()))
+    def test_a_finished_message_gets_what_it_lacks(self):
+        found = dict(raw_fields(composed(self.finished(b"To: a@b.jp\nBcc: c@b.jp\nSubject: a\n b\n\nx"))))
+        self.assertEqual(" ".join(found), "Received To Subject From Date Message-Id X-Haineko-Loop")
+        self.assertEqual((found["Subject"], found["From"]), ("a\r\n b", "<s@example.org>"))
 
     def test_a_finished_message_without_mime(self):
         long = b"x" * 2000 + b"\n"
@@ -4611,70 +4441,56 @@ class Messages(unittest.TestCase):
             (b"x" * 998 + b"\n\f\n", None), (b"\x1b$B$M$3\x1b(B\n", None), (b"\x1b$B$M$3\x1b(B" + long, "iso-2022-jp"),
         ):  # fmt: skip
             with self.subTest(body[:20]):
-                message = self.finish(b"To: a@example.jp\n\n" + body)
-                self.assertEqual(message.needs_8bitmime, not body.isascii())
-                found = email.message_from_bytes(message.copy("", 1))
+                octets = composed(self.finished(b"To: a@example.jp\n\n" + body))
+                self.assertEqual(octets.isascii(), body.isascii())
+                found = email.message_from_bytes(octets)
                 self.assertEqual(found.get_content_charset(), charset)
                 self.assertEqual(found.get_payload(decode=True), body.replace(b"\n", b"\r\n"))
 
     def test_lines_too_long_of_a_finished_message(self):
-        with self.assertRaises(ValueError):
-            self.finish(b"A: " + b"x" * 998 + b"\n\nb\n")
-        self.assertIn(b"\r\nA: " + b"x" * 995 + b"\r\n", self.finish(b"A: " + b"x" * 995 + b"\n\nb\n").copy("", 1))
+        with self.assertRaisesRegex(ValueError, "998"):
+            composed(self.finished(b"To: a@b.jp\nA: " + b"x" * 998 + b"\n\nb\n"))
         for line in (
-            b"A: " + b"x" * 997,
-            b"A: " + b"x " * 5000,
+            b"A: " + b"x" * 995, b"A: " + b"x" * 997, b"A: " + b"x " * 5000,
             b"A:" + b" " * 900 + b"x\t" * 5000 + b"\n " + b"y" * 997,
-        ):
-            octets = self.finish(line + b"\n\nb\n").copy("", 1)
+        ):  # fmt: skip
+            octets = composed(self.finished(b"To: a@b.jp\n" + line + b"\n\nb\n"))
             self.assertLess(max(map(len, octets.split(b"\r\n"))), 999)
             self.assertIn(line.replace(b"\n", b""), octets.replace(b"\r\n", b""))
-        octets = self.finish(b"MIME-Version: 1.0\n\n" + b"x" * 999 + b"\n").copy("", 1)
-        self.assertEqual(email.message_from_bytes(octets).get_payload(decode=True), b"x" * 999 + b"\r\n")
+            self.assertEqual(b"\r\n" + line + b"\r\n" in octets, len(line) == 998)
 
     def test_a_message_in_seven_bits(self):
         text = "ねこ\r\nFrom here\r\n.\r\n" + "x" * 200 + "\r\n"
         head = b"From: a@example.jp\r\nSubject: " + b"s " * 60 + b"\r\nMIME-Version: 1.0\r\n"
-        kind = b"Content-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit\r\n"
-        parts = b"Content-Type: multipart/mixed; boundary=XX\r\n\r\n--XX\r\n" + kind + b"\r\n" + text.encode()
-        parts += b"\r\n--XX\r\nContent-Type: image/png\r\nContent-Transfer-Encoding: base64\r\n\r\nAAAA\r\n--XX--\r\n"
-        for what, octets in (("one part", head + kind + b"\r\n" + text.encode()), ("two parts", head + parts)):
-            with self.subTest(what):
+        one = b"Content-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\n" + text.encode()
+        same = b"Content-Type: text/plain\r\n\r\nFrom here\r\n.\r\n--XX\r\n"
+        image = b"Content-Type: image/png\r\nContent-Transfer-Encoding: base64\r\n\r\nAAAA\r\n--XX--\r\n"
+        two = b"Content-Type: multipart/mixed; boundary=XX\r\nContent-Transfer-Encoding: 8bit\r\n\r\n--XX\r\n" + same
+        two += one + b"\r\n--XX\r\n" + image
+        for octets, kept in ((head + one, b""), (head + two, same), (head + two, image)):
+            with self.subTest(kept):
                 found = haineko.downgrade_8bit(octets)
-                self.assertTrue(found.isascii())
-                self.assertFalse(re.search(rb"\r(?!\n)|(?<!\r)\n", found))
-                parsed = email.message_from_bytes(found)
-                part = parsed.get_payload(0) if parsed.is_multipart() else parsed
-                self.assertEqual(part.get_payload(decode=True).decode().splitlines(), text.splitlines())
+                self.assertFalse(re.search(rb"\r(?!\n)|(?<!\r)\n|[\x80-\xff]|8bit", found))
                 self.assertIn(b"Subject: " + b"s " * 59 + b"s", re.sub(rb"\r\n(?=[ \t])", b"", found))
-                if parsed.is_multipart():
-                    self.assertEqual(parsed.get_payload(1).get_payload(decode=True), b"\0\0\0")
+                part = email.message_from_bytes(found)
+                part = part.get_payload(1) if part.is_multipart() else part
+                self.assertEqual(part.get_payload(decode=True).decode().splitlines(), text.splitlines())
+                self.assertIn(kept, found)  # a part of seven bits stays as it is
 
     def test_octets_of_no_known_charset_in_seven_bits(self):
-        for kind in (b"text/plain", b"text/plain; charset=bogus", b"image/png", b"text/plain; charset=latin1"):
-            for coding in (b"", b"Content-Transfer-Encoding: 8bit\r\n", b"Content-Transfer-Encoding: binary\r\n"):
-                with self.subTest(kind, coding=coding):
-                    head = b"From: a@example.jp\r\nMIME-Version: 1.0\r\nContent-Type: " + kind + b"\r\n" + coding
-                    found = haineko.downgrade_8bit(head + b"\r\nFrom caf\xe9 \xff\r\n")
-                    self.assertTrue(found.isascii())
-                    self.assertEqual(email.message_from_bytes(found).get_payload(decode=True), b"From caf\xe9 \xff\r\n")
-
-    def test_parts_of_seven_bits_stay_as_they_are(self):
-        part = b"Content-Type: text/plain\r\n\r\nFrom here\r\n.\r\n--XX\r\n"
-        octets = (
-            b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=XX\r\nContent-Transfer-Encoding: 8bit\r\n"
-        )
-        octets += b"\r\n--XX\r\n" + part + b"Content-Type: text/plain; charset=UTF-8\r\n\r\n\xe7\x8c\xab\r\n--XX--\r\n"
-        found = haineko.downgrade_8bit(octets)
-        self.assertIn(part, found)
-        self.assertTrue(found.isascii())
-        self.assertNotIn(b"8bit", found)
+        codings = (b"", b"Content-Transfer-Encoding: 8bit\r\n", b"Content-Transfer-Encoding: binary\r\n")
+        kinds = (b"text/plain", b"text/plain; charset=bogus", b"image/png", b"text/plain; charset=latin1")
+        for kind, coding in itertools.product(kinds, codings):
+            with self.subTest(kind, coding=coding):
+                head = b"From: a@example.jp\r\nMIME-Version: 1.0\r\nContent-Type: " + kind + b"\r\n" + coding
+                found = haineko.downgrade_8bit(head + b"\r\nFrom caf\xe9 \xff\r\n")
+                self.assertTrue(found.isascii())
+                self.assertEqual(email.message_from_bytes(found).get_payload(decode=True), b"From caf\xe9 \xff\r\n")
 
 
 PDF, OCTETS = "application/pdf", "application/octet-stream"
 HTML = '<p>Gr&uuml;&szlig;e <b>猫</b></p><img src="cid:logo">'
-OF_HTML = "Grüße 猫\n"
-CATS = "猫" * 90 + ".pdf"
+LINKED, OF_HTML = HTML.replace("cid:", "https://x/"), "Grüße 猫\n"
 
 
 def shape(part) -> str:
@@ -4683,122 +4499,78 @@ def shape(part) -> str:
     return part.get_content_subtype() + (f"({inner})" if inner else "")
 
 
-def text_in(part) -> str:
-    """What a part of text says, with LF."""
-    octets, charset = part.get_payload(decode=True), part.get_content_charset()
-    text = as_in_jis(octets) if charset == "iso-2022-jp" else octets.decode(charset)
-    return text.replace("\r\n", "\n")
-
-
-def files_in(message) -> list:
-    """[(name, type, octets, disposition, content id)] of the parts that are files."""
-    return [
-        (
-            part.get_filename(),
-            part.get_content_type(),
-            part.get_payload(decode=True) if not part.is_multipart() else part.get_payload(0).as_bytes(),
-            part.get_content_disposition(),
-            part.get("content-id"),
-        )
-        for part in message.walk()
-        if part.get_content_disposition()
-    ]
-
-
-def ends(text: str) -> str:
-    """Text as it comes out: LF, one behind the last line."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text if text.endswith("\n") else text + "\n"
-
-
 class Mail:
     """A row of the corpus: what it is, changes to a submission, and what a reader finds beyond them."""
 
-    def __init__(
-        self, what: str, shape_: str = "plain", plain: str | None = None, files: tuple = (), **changes
-    ) -> None:
-        self.what, self.shape, self.changes = what, shape_, changes
-        self.submission = document(**changes)
+    def __init__(self, what: str, shape_: str = "plain", plain: str | None = None, files: str = "", **changes) -> None:
+        self.what, self.shape, self.submission = what, shape_, document(**changes)
         self.plain = ends(self.submission.get("body", "")) if plain is None else plain
-        self.files = files  # of (type, disposition) for each file
+        self.files = [tuple(text.split(" ")) for text in files.split(", ") if text]  # (type, disposition) of each file
 
 
-NAMED = {"a b.pdf": PDF, 'say "x".pdf': PDF, "a;b=c.pdf": PDF, "100%.pdf": PDF, "it's.pdf": PDF,
-    "=?UTF-8?B?44Kt?=.pdf": PDF,
-         "請求書.pdf": PDF, "請求書　2024年.pdf": PDF, "Rechnung für Müller.pdf": PDF, "😺.png": "image/png", CATS: PDF,
-         "x" * 251 + ".pdf": PDF, "ｶﾞ①.pdf": PDF, "README": OCTETS, "a.unheard-of": OCTETS,
-         "a.tar.gz": "application/gzip",
-         "a.TXT": "text/plain", "b.csv": "text/csv", "a.docx": haineko.EXTRA_MEDIA_TYPES[".docx"], "mail.eml": OCTETS,
-         "data:text,x.png": "image/png", ".profile": OCTETS, "a.pdf ": PDF, "👨‍👩‍👧.jpg": "image/jpeg"}  # fmt: skip
-ATTACHED = [("attachment",)]
+NAMED = {
+    "a b.pdf": PDF, 'say "x".pdf': PDF, "a;b=c.pdf": PDF, "100%.pdf": PDF, "it's.pdf": PDF, "=?UTF-8?B?44Kt?=.pdf": PDF,
+    "請求書.pdf": PDF, "請求書　2024年.pdf": PDF, "Rechnung für Müller.pdf": PDF, "😺.png": "image/png",
+    "猫" * 90 + ".pdf": PDF, "x" * 251 + ".pdf": PDF, "ｶﾞ①.pdf": PDF, "README": OCTETS, "a.unheard-of": OCTETS,
+    "a.tar.gz": "application/gzip", "a.TXT": "text/plain", "b.csv": "text/csv", ".profile": OCTETS, "mail.eml": OCTETS,
+    "a.docx": haineko.EXTRA_MEDIA_TYPES[".docx"], "data:text,x.png": "image/png", "a.pdf ": PDF,
+    "👨‍👩‍👧.jpg": "image/jpeg",
+}  # fmt: skip
+BOTH, PICTURE = "alternative(plain, html)", "alternative(plain, related(html, png))"
+AS_PDF, RECEIPT = f"{PDF} attachment", f"image/png inline, {PDF} attachment"
 CORPUS = [
     Mail("text"),
     Mail("text in Japanese", body="あとで\r\nお年玉\n"),
-    Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
-    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=None),
-    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML,
-         html=HTML.replace("cid:", "https://x/"), body=""),
-    Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
-    Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
-    Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
-    Mail("HTML in ISO-8859-1", "alternative(plain, html)", html="<p>für</p>", header={"charset": "ISO-8859-1"}),
-    Mail("HTML that the charset can't hold", "alternative(plain, html)", html="猫", header={"charset": "ISO-8859-1"}),
-    Mail("lines with dots and From", "alternative(plain, html)", body=".\n..\nFrom me\n.", html=".\nFrom me\n.\n--x"),
-    Mail("HTML with every line end", "alternative(plain, html)", html="a\rb\nc\r\nd\n\n", body="a\rb\nc\r\nd\n\n"),
-    Mail("text and a file", "mixed(plain, pdf)", attachments=[file("a.pdf")], files=((PDF, "attachment"),)),
-    Mail("one attachment, not in a list", "mixed(plain, pdf)", attachments=file("a.pdf"), files=((PDF, "attachment"),)),
+    Mail("HTML beside text", BOTH, html="<p>x</p>", body="other words"),
+    Mail("HTML alone", BOTH, OF_HTML, html=LINKED, body=None),
+    Mail("HTML alone, body empty", BOTH, OF_HTML, html=LINKED, body=""),
+    Mail("HTML that says nothing", BOTH, "\n", html="<p></p>", body=None),
+    Mail("HTML with long lines", BOTH, html="<p>" + "x" * 5000 + "</p>"),
+    Mail("HTML in ISO-2022-JP", BOTH, html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
+    Mail("HTML in ISO-8859-1", BOTH, html="<p>für</p>", header={"charset": "ISO-8859-1"}),
+    Mail("HTML that the charset can't hold", BOTH, html="猫", header={"charset": "ISO-8859-1"}),
+    Mail("lines with dots and From", BOTH, body=".\n..\nFrom me\n.", html=".\nFrom me\n.\n--x"),
+    Mail("HTML with every line end", BOTH, html="a\rb\nc\r\nd\n\n", body="a\rb\nc\r\nd\n\n"),
+    Mail("one attachment, not in a list", "mixed(plain, pdf)", None, AS_PDF, attachments=file("a.pdf")),
     Mail("no attachments", attachments=[]),
-    Mail("null for attachments", attachments=None),
-    Mail("an empty file", "mixed(plain, pdf)", attachments=[file("a.pdf", b"")], files=((PDF, "attachment"),)),
-    Mail("all octets", "mixed(plain, octet-stream)", attachments=[file("a", ALL_OCTETS)], files=((OCTETS,
-    "attachment"),)),
-    Mail("a file of many lines", "mixed(plain, plain)", attachments=[file("a.txt", b"a\nb\r\nc\rd\0 \t\n.\n" * 9999)],
-         files=(("text/plain", "attachment"),)),
-    Mail("a file in Latin-1", "mixed(plain, csv)", attachments=[file("a.csv", "Grüße\n".encode("latin-1"))],
-         files=(("text/csv", "attachment"),)),
-    Mail("three files", "mixed(plain, pdf, pdf, png)", attachments=[file("a.pdf"), file("a.pdf"), file("b.png", PNG)],
-         files=((PDF, "attachment"), (PDF, "attachment"), ("image/png", "attachment"))),
-    Mail("a file without a name", "mixed(plain, octet-stream)", attachments=[file()], files=((OCTETS, "attachment"),)),
-    Mail("a file with a type", "mixed(plain, x-cat)", attachments=[file("a.pdf", type="Application/X-Cat")],
-         files=(("application/x-cat", "attachment"),)),
-    Mail("a type with parameters", "mixed(plain, calendar)", attachments=[
-        file("a.ics", type='text/calendar; charset=utf-8; method="REQUEST" ;name=x.ics')],
-        files=(("text/calendar", "attachment"),)),
-    Mail("a file shown in line", "mixed(plain, png)", attachments=[file("a.png", PNG, inline=True)],
-         files=(("image/png", "inline"),)),
-    Mail("inline as a number", "mixed(plain, png)", attachments=[file("a.png", PNG, inline=0)],
-         files=(("image/png", "attachment"),)),
-    Mail("base64 in lines", "mixed(plain, pdf)", attachments=[
-        {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
-    Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
-        file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
-    Mail("a cid in brackets", "alternative(plain, related(html, png))",
-         html=HTML.replace("cid:logo", "cid:logo%40x"), attachments=[
-        file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
-    Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
-         files=(("image/png", "inline"),)),
-    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))",
-         html=HTML + '<i style="background: url( CID:LOGO)">', attachments=[
-        file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
-        files=(("image/png", "inline"), ("image/png", "inline"))),
-    Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
-        file("領収書.pdf"), file("logo.png", PNG, cid="logo")], files=(("image/png", "inline"), (PDF, "attachment"))),
-    Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
-         attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
-         "attachment"))),
-    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)",
-         html=HTML.replace("cid:", "https://x/"), attachments=[file("a.pdf")],
-         files=((PDF, "attachment"),)),
-    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)",
-         html="<p>領収書<img src=cid:logo></p>",
-    attachments=[
-        file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
-        files=(("image/png", "inline"), (PDF, "attachment"))),
-    Mail("a forwarded message", "mixed(plain, rfc822(plain))", attachments=[
-        file("a.eml", b"From: a@b.example\nSubject: x\n\nMeow.\n", type="message/rfc822")],
-        files=(("message/rfc822", "attachment"),)),
-    *[Mail(f"a file called {name[:30]}", f"mixed(plain, {kind.partition('/')[2]})", attachments=[file(name)],
-           files=((kind, "attachment"),)) for name, kind in NAMED.items()],
+    Mail("an empty file", "mixed(plain, pdf)", None, AS_PDF, attachments=[file("a.pdf", b"")]),
+    Mail("all octets", "mixed(plain, octet-stream)", None, f"{OCTETS} attachment", attachments=[file("a", ALL_OCTETS)]),
+    Mail("a file of many lines", "mixed(plain, plain)", None, "text/plain attachment",
+         attachments=[file("a.txt", b"a\nb\r\nc\rd\0 \t\n.\n" * 9999)]),
+    Mail("a file in Latin-1", "mixed(plain, csv)", None, "text/csv attachment",
+         attachments=[file("a.csv", "Grüße\n".encode("latin-1"))]),
+    Mail("three files", "mixed(plain, pdf, pdf, png)", None, f"{AS_PDF}, {AS_PDF}, image/png attachment",
+         attachments=[file("a.pdf"), file("a.pdf"), file("b.png", PNG)]),
+    Mail("a file without a name", "mixed(plain, octet-stream)", None, f"{OCTETS} attachment", attachments=[file()]),
+    Mail("a file with a type", "mixed(plain, x-cat)", None, "application/x-cat attachment",
+         attachments=[file("a.pdf", type="Application/X-Cat")]),
+    Mail("a type with parameters", "mixed(plain, calendar)", None, "text/calendar attachment",
+         attachments=[file("a.ics", type='text/calendar; charset=utf-8; method="REQUEST" ;name=x.ics')]),
+    Mail("shown in line or not", "mixed(plain, png, png)", None, "image/png inline, image/png attachment",
+         attachments=[file("a.png", PNG, inline=True), file("a.png", PNG, inline=0)]),
+    Mail("base64 in lines", "mixed(plain, pdf)", None, AS_PDF,
+         attachments=[{"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}]),
+    Mail("a picture in HTML", PICTURE, None, "image/png inline", html=HTML,
+         attachments=[file("l.png", PNG, cid="logo")]),
+    Mail("a cid in brackets", PICTURE, None, "image/png inline", html=HTML.replace("cid:logo", "cid:logo%40x"),
+         attachments=[file("l.png", PNG, cid="<logo@x>")]),
+    Mail("a cid without HTML", "mixed(plain, png)", None, "image/png inline",
+         attachments=[file("l.png", PNG, cid="logo")]),
+    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", None,
+         "image/png inline, image/png inline", html=HTML + '<i style="background: url( CID:LOGO)">',
+         attachments=[file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")]),
+    Mail("a receipt", f"mixed({PICTURE}, pdf)", None, RECEIPT, html=HTML,
+         attachments=[file("領収書.pdf"), file("logo.png", PNG, cid="logo")]),
+    Mail("a receipt, HTML alone", f"mixed({PICTURE}, pdf)", OF_HTML, RECEIPT, body=None, html=HTML,
+         attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")]),
+    Mail("HTML and a file", f"mixed({BOTH}, pdf)", None, AS_PDF, html=LINKED, attachments=[file("a.pdf")]),
+    Mail("a receipt in ISO-2022-JP", f"mixed({PICTURE}, pdf)", None, RECEIPT, html="<p>領収書<img src=cid:logo></p>",
+         attachments=[file("領収書.pdf"), file("logo.png", PNG, cid="logo")],
+         header={"charset": "iso-2022-jp", "subject": "領収書"}),
+    Mail("a forwarded message", "mixed(plain, rfc822(plain))", None, "message/rfc822 attachment",
+         attachments=[file("a.eml", b"From: a@b.example\nSubject: x\n\nMeow.\n", type="message/rfc822")]),
+    *[Mail(f"a file called {name[:30]}", f"mixed(plain, {kind.partition('/')[2]})", None, f"{kind} attachment",
+           attachments=[file(name)]) for name, kind in NAMED.items()],
     Mail("shown recipients", header={"to": "A <a@example.jp>, b@example.jp", "cc": ["c@example.jp"]}),
     Mail("shown recipients in Japanese", header={"to": ["猫 <a@example.jp>", '"B, C" <b@example.jp>'], "cc": None}),
     Mail("further fields", header={
@@ -4809,189 +4581,117 @@ CORPUS = [
 ]  # fmt: skip
 
 
-class Parts(unittest.TestCase):
+class Parts(Composed):
     maxDiff = None
 
-    def check_form(self, octets: bytes) -> None:
-        """What holds for every message, whatever is in it."""
-        self.assertTrue(octets.endswith(b"\r\n"))
-        self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", octets))
-        self.assertTrue(octets.isascii())
-        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
-
     def test_the_corpus(self):
-        self.assertGreaterEqual(len(CORPUS), 60)
         for mail in CORPUS:
             with self.subTest(mail.what):
                 octets = composed(mail.submission)
-                self.check_form(octets)
+                self.check_form(octets, order=False)
                 found = parsed(octets)
                 self.assertEqual([part.defects for part in found.walk() if part.defects], [])
                 self.assertEqual(shape(found), mail.shape)
                 self.check_texts(mail, found)
                 self.check_files(mail, found)
-                self.check_fields(mail, found)
+                self.check_fields(mail.submission["header"], found)
 
     def check_texts(self, mail: Mail, found) -> None:
         texts = [part for part in found.walk() if part.get_content_maintype() == "text"]
         texts = [part for part in texts if not part.get_content_disposition()][: 2 if "html" in mail.shape else 1]
-        self.assertEqual(text_in(texts[0]), mail.plain)
-        if "html" in mail.shape:
-            self.assertEqual(text_in(texts[1]), ends(mail.submission["html"]))
-        asked = mail.submission["header"].get("charset", "UTF-8").lower()
-        held = "can't hold" not in mail.what
-        self.assertEqual({part.get_content_charset() for part in texts}, {asked if held else "utf-8"})
+        html = [ends(mail.submission["html"])] if "html" in mail.shape else []
+        self.assertEqual([text_in(part) for part in texts], [mail.plain, *html])
+        charset = mail.submission["header"].get("charset", "UTF-8").lower()
+        self.assertEqual({p.get_content_charset() for p in texts}, {"utf-8" if "can't hold" in mail.what else charset})
 
     def check_files(self, mail: Mail, found) -> None:
         given = mail.submission.get("attachments", [])
         given = [given] if isinstance(given, dict) else given
         given = sorted(given, key=lambda item: not ("html" in mail.shape and item.get("cid")))
+        self.assertEqual(len(given), len(mail.files))
         wanted = []
         for item, (kind, disposition) in zip(given, mail.files):
-            name = item.get("filename", "").strip().replace("ｶﾞ", "ガ" if "2022" in str(mail.submission) else "ｶﾞ")
-            cid = item.get("cid")
-            wanted.append(
-                (name or None, kind, base64.b64decode(item["content"]), disposition, cid and f"<{cid.strip('<>')}>")
-            )
-        self.assertEqual(len(given), len(mail.files))
+            name, cid = item.get("filename", "").strip() or None, item.get("cid") and f"<{item['cid'].strip('<>')}>"
+            wanted.append((name, kind, base64.b64decode(item["content"]), disposition, cid))
         self.assertEqual(files_in(found), wanted)
 
-    def check_fields(self, mail: Mail, found) -> None:
-        header = mail.submission["header"]
-        self.assertEqual(found["subject"], header["subject"])
-        self.assertEqual(found["mime-version"], "1.0")
-        for key, value in header.items():
-            if key not in ("from", "subject", "charset", "to", "cc"):
-                given = " ".join(value) if isinstance(value, list) else value
-                self.assertEqual(str(found[key.replace("_", "-")]), given)
+    def check_fields(self, header: dict, found) -> None:
+        self.assertEqual((found["subject"], found["mime-version"]), (header["subject"], "1.0"))
+        for key in header.keys() - {"from", "subject", "charset", "to", "cc"}:
+            given = " ".join(header[key]) if isinstance(header[key], list) else header[key]
+            self.assertEqual(str(found[key.replace("_", "-")]), given)
         for name in ("to", "cc") if "to" in header else ():
-            given = header.get(name)
-            texts = given if isinstance(given, list) else [given] if given else []
-            wanted = [pair for text in texts for pair in email.utils.getaddresses([text])]
+            given = header.get(name) or []
+            wanted = email.utils.getaddresses(given if isinstance(given, list) else [given])
             shown = [(item.display_name, item.addr_spec) for item in (found[name].addresses if found[name] else ())]
             self.assertEqual(shown, wanted)
 
     def test_email_is_not_imported(self):
         code = "import sys, haineko; s = haineko.parse_submission(sys.stdin.buffer.read()).submission;"
         code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
-        for changes, wanted in (
-            ({}, b"False"),
-            ({"header": {"to": "a@example.jp", "x-a": "猫"}}, b"False"),
-            ({"html": "x"}, b"False"),
-        ):
-            found = subprocess.run([sys.executable, "-c", code], input=as_body(document(**changes)),
-                capture_output=True,
-                                   check=True, cwd=os.path.dirname(PROGRAM), env=environment())  # fmt: skip
-            self.assertEqual(found.stdout.strip(), wanted, found.stderr)
-
-    def test_order_of_the_header(self):
-        submission = document(
-            mail="other@example.org",
-            html="x",
-            header={
-                "X-b": ["1", "2"],
-                "references": "<r@x>",
-                "in_reply_to": "<i@x>",
-                "ListId": "cats <l.example.org>",
-                "ORGANIZATION": "Cats",
-                "to": "a@example.jp",
-                "cc": "b@example.jp",
-                "reply-to": "c@example.jp",
-            },
-        )
-        head = composed(submission).partition(b"\r\n\r\n")[0].decode()
-        names = [line.partition(":")[0] for line in re.split("\r\n(?![ \t])", head)]
-        self.assertEqual(names, [
-            "Received", "From", "Sender", "To", "Cc", "Reply-To", "Subject", "Date", "Message-Id", "X-B", "X-B",
-                "References",
-            "In-Reply-To", "List-Id", "Organization", "X-Haineko-Loop", "MIME-Version", "Content-Type"])  # fmt: skip
+        given = as_body(document(html="x", header={"to": "a@example.jp", "x-a": "猫"}))
+        more = {"cwd": os.path.dirname(PROGRAM), "env": environment(), "capture_output": True}
+        found = subprocess.run([sys.executable, "-c", code], input=given, check=True, **more)
+        self.assertEqual(found.stdout.strip(), b"False", found.stderr)
 
     def test_keys_of_a_header_in_any_spelling(self):
         for key in ("replyto", "reply-to", "Reply_To", "REPLY-TO", "replyTo", "Reply-to"):
             with self.subTest(key):
                 found = understood(document(header={key: "a@example.jp"}))
                 self.assertEqual(found.header.replyto[0][1].addr_spec, "a@example.jp")
-        for key, name in (
-            ("X_Mailer", "X-Mailer"),
-            ("x-ses-configuration-set", "X-Ses-Configuration-Set"),
-            ("X-SMTPAPI", "X-SMTPAPI"),
-            ("list_unsubscribe_post", "List-Unsubscribe-Post"),
-            ("inReplyTo", "In-Reply-To"),
-            ("FEEDBACK-ID", "Feedback-Id"),
-        ):
+        for key, field in (
+            ("X_Mailer", "X-Mailer: a"), ("x-ses-configuration-set", "X-Ses-Configuration-Set: a"),
+            ("X-SMTPAPI", "X-SMTPAPI: a"), ("list_unsubscribe_post", "List-Unsubscribe-Post: a"),
+            ("inReplyTo", "In-Reply-To: <a@b>"), ("FEEDBACK-ID", "Feedback-Id: a"),
+        ):  # fmt: skip
             with self.subTest(key):
-                value = "<a@b>" if key == "inReplyTo" else "a"
-                self.assertIn(f"\r\n{name}: {value}\r\n".encode(), composed(document(header={key: value})))
+                octets = composed(document(header={key: field.split(": ")[1]}))
+                self.assertIn(f"\r\n{field}\r\n".encode(), octets)
         found = understood(document(header={"Charset": "iso-2022-jp", "SUBJECT": "\x1b$BG-\x1b(B", "subject": None}))
         self.assertEqual((found.header.charset, found.header.subject), ("ISO-2022-JP", "猫"))
 
     def test_a_message_id_of_the_client_is_that_of_every_copy(self):
-        found = understood(document(header={"message-id": "<a@b>"}))
-        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
+        message = haineko.compose(understood(document(header={"message-id": "<a@b>"})), "Q" * 16, None, NAME, NOW)
         for number, to in enumerate(("x@example.jp", "猫@example.jp"), 1):
             head = parsed(message.copy(to, number))
             self.assertEqual((head["message-id"], head.get_all("to")), ("<a@b>", [to]))
 
     def test_nothing_null_or_empty_makes_a_field(self):
-        header = {
-            "to": "",
-            "cc": [],
-            "bcc": None,
-            "x-a": "",
-            "x-b": None,
-            "date": "",
-            "organization": None,
-            "references": [],
-        }
-        octets = composed(document(header=header))
-        self.assertEqual(octets, composed(document()))
-
-
-DERIVED = [
-    ("words", "a  <b>b</b>\n c", "a b c"),
-    ("nothing", "", ""),
-    ("entities", "&lt;a&gt; &amp; &nbsp;&eacute;&#29483;", "<a> &  é猫"),
-    ("lines", "a<br>b<br/>c<br><br>d", "a\nb\nc\n\nd"),
-    ("paragraphs", "<p>a</p><p>b</p>c<div>d</div>e", "a\n\nb\n\nc\nd\ne"),
-    ("a heading", "<h1>A</h1>b", "A\n\nb"),
-    ("a list", "<ul><li>a</li><li> b</ul>c", "* a\n* b\n\nc"),
-    ("a table", "<table><tr><td>Cat</td><td> 1 </td></tr><tr><th>Sum<th>2</table>", "Cat  1\nSum  2"),
-    ("a link", '<a href="https://x/y">here</a>.', "here <https://x/y>."),
-    ("a link that says where", '<a href="https://x/y">https://x/y</a> <a href="mailto:a@b">a@b</a>', "https://x/y a@b"),
-    ("links to nowhere", '<a href="#x">a</a> <a>b</a> <a href="javascript:x">c</a></a>', "a b c"),
-    ("a link to write", '<a href="mailto:a@b">Write</a>', "Write <mailto:a@b>"),
-    ("pictures", 'a <img src="cid:x" alt="Logo"> <img src="y"><img alt>', "a Logo"),
-    (
-        "what is not shown",
-        "<head><title>T</title><style>p {}</style></head><script>x<p></script><template>y</template>b",
-        "b",
-    ),
-    ("a comment", "a<!-- b <p> -->c", "ac"),
-    (
-        "a comment for Outlook",
-        "a<!--[if mso]><p>b</p><![endif]-->c<![if !mso]>d<![endif]>e<!--[if !mso]><!-->f<!--<![endif]-->g",
-        "acdefg",
-    ),
-    ("text as it is", "<pre>a\n  b\n</pre>c", "a\n  b\n\nc"),
-    ("a rule", "a<hr>b", "a\n-----\nb"),
-    ("what never ends", "a<b>c<p", "ac"),
-    ("a lone angle", "1 < 2 and 3 > 2 & so on", "1 < 2 and 3 > 2 & so on"),
-    ("full-width spaces", "<p>　猫　猫</p>", "　猫　猫"),
-    ("a declaration", "<!DOCTYPE html><html><body>a</body></html>", "a"),
-    ("sections that html.parser trips over", "a<![CDATA[b]]>c<![x[y]]>d<![", "acd"),
-]
+        empty = {"to": "", "cc": [], "x-a": "", "date": "", "references": []}
+        null = dict.fromkeys(("bcc", "x-b", "organization"))
+        submission = document()
+        submission["header"].update({**empty, **null})
+        self.assertEqual(composed({**submission, "attachments": None}), composed(document()))
 
 
 class DerivedText(unittest.TestCase):
     def test_text_of_html(self):
-        for what, html, wanted in DERIVED:
-            with self.subTest(what):
+        for html, wanted in (
+            ("a  <b>b</b>\n c", "a b c"), ("", ""), ("&lt;a&gt; &amp; &nbsp;&eacute;&#29483;", "<a> &  é猫"),
+            ("a<br>b<br/>c<br><br>d", "a\nb\nc\n\nd"), ("<p>a</p><p>b</p>c<div>d</div>e", "a\n\nb\n\nc\nd\ne"),
+            ("<h1>A</h1>b", "A\n\nb"), ("<ul><li>a</li><li> b</ul>c", "* a\n* b\n\nc"), ("a<hr>b", "a\n-----\nb"),
+            ("<table><tr><td>Cat</td><td> 1 </td></tr><tr><th>Sum<th>2</table>", "Cat  1\nSum  2"),
+            ('<a href="https://x/y">here</a>.', "here <https://x/y>."),
+            ('<a href="https://x/y">https://x/y</a> <a href="mailto:a@b">a@b</a>', "https://x/y a@b"),
+            ('<a href="#x">a</a> <a>b</a> <a href="javascript:x">c</a></a>', "a b c"),
+            ('<a href="mailto:a@b">Write</a>', "Write <mailto:a@b>"),
+            ('a <img src="cid:x" alt="Logo"> <img src="y"><img alt>', "a Logo"),
+            ("<head><title>T</title><style>p {}</style></head><script>x<p></script><template>y</template>b", "b"),
+            ("a<!-- b <p> -->c", "ac"), ("<pre>a\n  b\n</pre>c", "a\n  b\n\nc"), ("a<b>c<p", "ac"),
+            ("a<!--[if mso]><p>b</p><![endif]-->c<![if !mso]>d<![endif]>e<!--[if !mso]><!-->f<!--<![endif]-->g",
+             "acdefg"),  # for Outlook
+            ("1 < 2 and 3 > 2 & so on", "1 < 2 and 3 > 2 & so on"), ("<p>　猫　猫</p>", "　猫　猫"),
+            ("<!DOCTYPE html><html><body>a</body></html>", "a"),
+            ("a<![CDATA[b]]>c<![x[y]]>d<![", "acd"),  # html.parser trips over these
+        ):  # fmt: skip
+            with self.subTest(html):
                 self.assertEqual(haineko.html_to_text(html), wanted + "\n")
 
     def test_what_costs_much(self):
-        for piece in ("<a ", "<", "<!--", "<![", "</", "&", "<a a='", "<p>", "<!", "<?", "<a href='https://x'>",
-            "</a>", "<pre>", "<title>", "<template>",
-                      "<script>", "<![if]", "<a b=", "<a/", "<textarea>", "&#x", " "):  # fmt: skip
+        for piece in (
+            "<a ", "<", "<!--", "<![", "</", "&", "<a a='", "<p>", "<!", "<?", "<a href='https://x'>", "</a>", "<pre>",
+            "<title>", "<template>", "<script>", "<![if]", "<a b=", "<a/", "<textarea>", "&#x", " ",
+        ):  # fmt: skip
             with self.subTest(piece):
                 began = time.process_time()
                 haineko.html_to_text(piece * (200000 // len(piece)))
@@ -5004,70 +4704,38 @@ class DerivedText(unittest.TestCase):
 
 
 class Routes(unittest.TestCase):
-    def route(self, recipient: str, sender: str, **tables) -> tuple:
-        """(host, why) of the route chosen by tables of {key: host}."""
-        tables = {name: {key: {"host": host} for key, host in table.items()} for name, table in tables.items()}
-        found, why = haineko.resolve_route(recipient, sender, settings(**{"mailertable": {}, **tables}))
-        return found.host, why
-
     def test_the_order_of_the_tables(self):
-        both = {
-            "mailertable": {
-                "example.jp": "m1",
-                ".example.jp": "m2",
-                ".jp": "m3",
-                "a.b.example.jp": "m4",
-                "default": "m5",
-            },
-            "sendermt": {"example.org": "s1", ".example.org": "s2", "default": "s3"},
-        }
-        cases = [
-            ("itself", "example.jp", "example.org", both, "m1", 'mailertable["example.jp"]'),
-            ("without case", "EXAMPLE.JP", "example.org", both, "m1", 'mailertable["example.jp"]'),
-            ("a subdomain", "b.example.jp", "example.org", both, "m2", 'mailertable[".example.jp"]'),
-            ("one below", "x.a.b.example.jp", "example.org", both, "m2", 'mailertable[".example.jp"]'),
-            ("the longest", "a.b.example.jp", "example.org", both, "m4", 'mailertable["a.b.example.jp"]'),
-            ("the top", "other.jp", "example.org", both, "m3", 'mailertable[".jp"]'),
-            ("not the end of a label", "notexample.com", "x.example", both, "m5", "mailertable.default"),
-            ("the sender's", "example.com", "example.org", both, "s1", 'sendermt["example.org"]'),
-            ("the sender's without case", "example.com", "Example.ORG", both, "s1", 'sendermt["example.org"]'),
-            ("the sender's parent", "example.com", "a.b.example.org", both, "s2", 'sendermt[".example.org"]'),
-            ("default", "example.com", "example.net", both, "m5", "mailertable.default"),
-            ("the sender's default", "example.com", "a.net", {"sendermt": {"default": "s3"}}, "s3", "sendermt.default"),
-            ("none", "example.com", "example.net", {}, "127.0.0.1", "no route matches"),
-            ("a literal", "[192.0.2.1]", "x.example", {"mailertable": {"default": "m5"}}, "m5", "mailertable.default"),
-            ("a domain named default", "default", "x.example", {"mailertable": {"default": "d"}}, "d", None),
-        ]
-        for what, recipient, sender, tables, host, why in cases:
-            with self.subTest(what):
-                found = self.route(recipient, sender, **tables)
-                self.assertEqual(found[0], host)
-                self.assertIn(why or "", found[1])
-
-    def test_a_disabled_route_is_as_if_absent(self):
-        table = {
-            "example.jp": {"host": "m1", "disabled": 1},
-            ".jp": {"host": "m2"},
-            "default": {"host": "m3", "disabled": True},
-        }
-        found = settings(mailertable=table, sendermt={"example.org": {"host": "s1"}})
-        for recipient, sender, host in [
-            ("example.jp", "example.org", "m2"),
-            ("example.com", "example.org", "s1"),
-            ("example.com", "x.example", "127.0.0.1"),
-        ]:
-            with self.subTest(recipient, sender=sender):
-                self.assertEqual(haineko.resolve_route(recipient, sender, found)[0].host, host)
-
-    def test_entries(self):
-        cases = [
-            ("a.b.c", ["a.b.c", ".b.c", ".c"]),
-            ("a", ["a"]),
-            ("[192.0.2.1]", ["[192.0.2.1]", ".0.2.1]", ".2.1]", ".1]"]),
-        ]
-        for domain, wanted in cases:
-            with self.subTest(domain):
-                self.assertEqual(list(haineko.lookup_keys(domain)), wanted)
+        m = {"example.jp": "m1", ".example.jp": "m2", ".jp": "m3", "a.b.example.jp": "m4", "default": "m5"}
+        s = {"example.org": "s1", ".example.org": "s2", "default": "s3"}
+        off = {"example.jp": "off", ".jp": "m2", "default": "off"}
+        for recipient, sender, mailertable, sendermt, host, why in (
+            ("example.jp", "example.org", m, s, "m1", 'mailertable["example.jp"]'),
+            ("EXAMPLE.JP", "example.org", m, s, "m1", 'mailertable["example.jp"]'),
+            ("b.example.jp", "example.org", m, s, "m2", 'mailertable[".example.jp"]'),
+            ("x.a.b.example.jp", "example.org", m, s, "m2", 'mailertable[".example.jp"]'),
+            ("a.b.example.jp", "example.org", m, s, "m4", 'mailertable["a.b.example.jp"]'),
+            ("other.jp", "example.org", m, s, "m3", 'mailertable[".jp"]'),
+            ("notexample.com", "x.example", m, s, "m5", "mailertable.default"),
+            ("example.com", "example.org", m, s, "s1", 'sendermt["example.org"]'),
+            ("example.com", "Example.ORG", m, s, "s1", 'sendermt["example.org"]'),
+            ("example.com", "a.b.example.org", m, s, "s2", 'sendermt[".example.org"]'),
+            ("example.com", "example.net", m, s, "m5", "mailertable.default"),
+            ("example.com", "a.net", {}, {"default": "s3"}, "s3", "sendermt.default"),
+            ("example.com", "example.net", {}, {}, "127.0.0.1", "no route matches"),
+            ("[192.0.2.1]", "x.example", {"default": "m5"}, {}, "m5", "mailertable.default"),
+            ("default", "x.example", {"default": "d"}, {}, "d", ""),  # a domain of that name
+            ("example.jp", "example.org", off, {"example.org": "s1"}, "m2", 'mailertable[".jp"]'),
+            ("example.com", "example.org", off, {"example.org": "s1"}, "s1", 'sendermt["example.org"]'),
+            ("example.com", "x.example", off, {"example.org": "s1"}, "127.0.0.1", "no route matches"),
+        ):
+            with self.subTest(recipient, sender=sender, why=why):
+                tables = {
+                    name: {key: {"host": host, "disabled": int(host == "off")} for key, host in table.items()}
+                    for name, table in (("mailertable", mailertable), ("sendermt", sendermt))
+                }
+                found, told = haineko.resolve_route(recipient, sender, settings(**tables))
+                self.assertEqual(found.host, host)
+                self.assertIn(why, told)
 
     def test_a_look_up_costs_the_same_in_a_large_table(self):
         route = haineko.Route(host="m1")
@@ -5084,11 +4752,6 @@ class Routes(unittest.TestCase):
 
 
 # ======================================================================================================================
-# 9. Waiting
-# ======================================================================================================================
-
-
-# ======================================================================================================================
 # 10. DNS
 # ======================================================================================================================
 
@@ -5096,19 +4759,16 @@ class Routes(unittest.TestCase):
 class DnsMessages(unittest.TestCase):
     QUESTION = Question(struct.pack(">6H", 7, 0x0100, 1, 0, 0, 0) + wire_name("Neko.example") + b"\0\x0f\0\x01")
 
-    def parse(self, octets: bytes, name: str = "neko.example", kind: int = haineko.MX, number: int = 7):
-        return haineko.parse_response(octets, number, name, kind)
+    def parse(self, octets: bytes, kind: int = haineko.MX) -> haineko.DNSAnswer:
+        return haineko.parse_response(octets, 7, "neko.example", kind)
 
     def test_every_kind_of_record_is_read(self):
         long_text = "v=spf1 " + "x" * 300
         for kind, given, wanted in (
-            (haineko.A, "192.0.2.7", "192.0.2.7"),
-            (haineko.AAAA, "2001:db8::7", "2001:db8::7"),
-            (haineko.MX, (10, "MX.Neko.example"), (10, "mx.neko.example")),
-            (haineko.CNAME, "Else.example", "else.example"),
-            (haineko.TXT, long_text, long_text),
-            (haineko.TXT, "", ""),
-        ):
+            (haineko.A, "192.0.2.7", "192.0.2.7"), (haineko.AAAA, "2001:db8::7", "2001:db8::7"),
+            (haineko.MX, (10, "MX.Neko.example"), (10, "mx.neko.example")), (haineko.TXT, long_text, long_text),
+            (haineko.CNAME, "Else.example", "else.example"), (haineko.TXT, "", ""),
+        ):  # fmt: skip
             with self.subTest(kind=kind, given=given):
                 record = wire_record("Neko.Example", kind, given, 61)
                 found = self.parse(self.QUESTION.answer(record, kind=kind), kind=kind)
@@ -5127,24 +4787,18 @@ class DnsMessages(unittest.TestCase):
         good = self.QUESTION.answer(wire_record("neko.example", haineko.MX, (10, "mx.example")))
         record = b"\xc0\x0c\0\x0f\0\x01\0\0\0\x3c"
         one = self.QUESTION.answer()[:6] + b"\0\x01" + self.QUESTION.answer()[8:]
-        cases = [
-            ("nothing", b""),
-            ("a head alone", good[:12]),
-            ("another number", self.QUESTION.answer(number=8)),
+        for what, octets in (
+            ("nothing", b""), ("a head alone", good[:12]), ("another number", self.QUESTION.answer(number=8)),
             ("another name", self.QUESTION.answer(name="inu.example")),
-            ("another kind", self.QUESTION.answer(kind=haineko.A)),
-            ("a query", self.QUESTION.answer(flags=0x0100)),
-            ("two questions", good[:4] + b"\0\x02" + good[6:]),
-            ("no question", struct.pack(">6H", 7, 0x8180, 0, 0, 0, 0)),
-            ("a record cut off", good[:-3]),
-            ("a record that isn't there", one),
+            ("another kind", self.QUESTION.answer(kind=haineko.A)), ("a query", self.QUESTION.answer(flags=0x0100)),
+            ("two questions", good[:4] + b"\0\x02" + good[6:]), ("a record cut off", good[:-3]),
+            ("no question", struct.pack(">6H", 7, 0x8180, 0, 0, 0, 0)), ("a record that isn't there", one),
             ("a name that points at itself", one + b"\xc0" + bytes((len(one),)) + record[2:] + b"\0\0"),
             ("a name that points ahead", one + b"\xc0\xff" + record[2:] + b"\0\0"),
             ("a length beyond the end", one + record + b"\xff\xff\0\x05"),
             ("a host that runs out", one + record + b"\0\x06\0\x05\x3fabc"),
             ("a label of no known kind", one + record + b"\0\x05\0\x05\x80\0\0"),
-        ]
-        for what, octets in cases:
+        ):  # fmt: skip
             with self.subTest(what), self.assertRaises(ValueError):
                 self.parse(octets)
 
@@ -5160,10 +4814,8 @@ class DnsMessages(unittest.TestCase):
         good = self.QUESTION.answer(*records, wire_record("neko.example", haineko.TXT, "words"))
         for i in range(3000):
             octets = bytearray(good[: dice.randrange(len(good))] if i % 3 == 0 else good)
-            for _ in range(dice.randrange(4)):
-                octets[dice.randrange(12, len(octets)) if len(octets) > 12 else 0 : None][:0] = b""
-                if len(octets) > 12:
-                    octets[dice.randrange(12, len(octets))] = dice.choice((0, 0xC0, 0xC0, 0xFF, dice.randrange(256)))
+            for _ in range(dice.randrange(4) if len(octets) > 12 else 0):
+                octets[dice.randrange(12, len(octets))] = dice.choice((0, 0xC0, 0xC0, 0xFF, dice.randrange(256)))
             with contextlib.suppress(ValueError):
                 self.parse(bytes(octets))
 
@@ -5185,13 +4837,16 @@ class DnsMessages(unittest.TestCase):
 
 
 class NameServers(WithCertificates):
-    def look_up(self, server, name: str, kind: int, seconds: float = 5.0, **options) -> haineko.DNSAnswer:
-        places = server if isinstance(server, tuple) else (server.place,)
-        resolver = haineko.Resolver(places, **options)
+    def look_up(self, name: str, kind: int, *places: str, seconds: float = 5.0) -> haineko.DNSAnswer:
+        resolver = haineko.Resolver(places)
         resolver.QUERY_TIMEOUT = 0.3
         return haineko.run(resolver.lookup(name, kind, time.monotonic() + seconds))
 
     def test_answers(self):
+        def alias(to: str):
+            """Its end isn't told and must be asked for."""
+            return lambda q, _: [q.answer(wire_record(q.name, haineko.CNAME, to))]
+
         zone = {
             "a.example": {haineko.A: ["192.0.2.1", "192.0.2.2"], haineko.AAAA: ["2001:db8::1"]},
             "m.example": {haineko.MX: [(20, "mx2.example"), (10, "mx1.example")]},
@@ -5199,12 +4854,12 @@ class NameServers(WithCertificates):
             "alias.example": {haineko.CNAME: ["a.example"]},
             "alias8.example": {haineko.CNAME: ["c1.example"]},
             "alias9.example": {haineko.CNAME: ["alias8.example"]},
-            "circle.example": {haineko.CNAME: ["elcric.example"]},
-            "elcric.example": lambda q, _: [q.answer(wire_record("elcric.example", 5, "circle.example"))],
+            **{f"c{i}.example": {haineko.CNAME: [f"c{i + 1}.example"]} for i in range(1, 8)},
+            "c8.example": {haineko.A: ["192.0.2.8"]},
+            "half.example": alias("a.example"),
+            "circle.example": alias("elcric.example"),
+            "elcric.example": alias("circle.example"),
         }
-        zone.update({f"c{i}.example": {haineko.CNAME: [f"c{i + 1}.example"]} for i in range(1, 8)})
-        zone["c8.example"] = {haineko.A: ["192.0.2.8"]}
-        zone["circle.example"] = lambda q, _: [q.answer(wire_record("circle.example", 5, "elcric.example"))]
         server = self.enter(NameServer(zone))
         for name, kind, code, values in (
             ("a.example", haineko.A, haineko.NOERROR, ("192.0.2.1", "192.0.2.2")),
@@ -5215,13 +4870,14 @@ class NameServers(WithCertificates):
             ("a.example", haineko.MX, haineko.NOERROR, ()),
             ("none.example", haineko.MX, haineko.NXDOMAIN, ()),
             ("alias.example", haineko.A, haineko.NOERROR, ("192.0.2.1", "192.0.2.2")),
+            ("half.example", haineko.A, haineko.NOERROR, ("192.0.2.1", "192.0.2.2")),
             ("alias8.example", haineko.A, haineko.NOERROR, ("192.0.2.8",)),
             ("alias9.example", haineko.A, haineko.SERVFAIL, ()),
             ("circle.example", haineko.A, haineko.SERVFAIL, ()),
             ("x" * 63 + ("." + "y" * 63) * 4, haineko.A, haineko.NXDOMAIN, ()),
         ):
             with self.subTest(name, kind=kind):
-                found = self.look_up(server, name, kind)
+                found = self.look_up(name, kind, server.place)
                 self.assertEqual((found.code, found.values), (code, values))
                 self.assertEqual(bool(found.why), code == haineko.SERVFAIL)
 
@@ -5229,94 +4885,67 @@ class NameServers(WithCertificates):
         server = self.enter(NameServer({"neko.example": {haineko.MX: [(1, "a.example")]}}))
         for name, question in (("neko.example", b"\x04neko\x07example\0\0\x0f\0\x01"), ("", b"\0\0\x0f\0\x01")):
             server.asked.clear()
-            self.look_up(server, name, haineko.MX)
+            self.look_up(name, haineko.MX, server.place)
             self.assertEqual(server.asked[0][0].octets[2:], b"\x01\0\0\x01\0\0\0\0\0\0" + question)
 
-    def test_an_alias_whose_end_is_not_told_is_asked_for(self):
-        alias = wire_record("a.example", haineko.CNAME, "b.example")
-        server = self.enter(NameServer({"a.example": lambda q, _: [q.answer(alias)], "b.example": {1: ["192.0.2.2"]}}))
-        self.assertEqual(self.look_up(server, "a.example", haineko.A).values, ("192.0.2.2",))
-        self.assertEqual(server.names(), [("a.example", haineko.A), ("b.example", haineko.A)])
-
     def test_manners(self):
-        good = wire_record("a.example", haineko.A, "192.0.2.1")
-        bad = wire_record("a.example", haineko.A, "192.0.2.66")
-        many = [wire_record("a.example", haineko.A, f"192.0.2.{i}") for i in range(250)]
-        truncated = 0x8380
-        cases = [
-            (
-                "a forged number first",
-                lambda q, _: [q.answer(bad, number=q.number ^ 1), q.answer(good)],
-                ("192.0.2.1",),
-            ),
-            ("a forged name first", lambda q, _: [q.answer(bad, name="b.example"), q.answer(good)], ("192.0.2.1",)),
-            ("a forged kind first", lambda q, _: [q.answer(bad, kind=haineko.MX), q.answer(good)], ("192.0.2.1",)),
-            ("a query first", lambda q, _: [q.octets, q.answer(good)], ("192.0.2.1",)),
-            ("rubbish first", lambda q, _: [b"", b"\xff" * 600, q.answer()[:-2], q.answer(good)], ("192.0.2.1",)),
-            ("another's records", lambda q, _: [q.answer(wire_record("b.example", 1, "192.0.2.66"))], ()),
-            ("forgeries alone", lambda q, _: [q.answer(bad, number=q.number ^ 1)], None),
-            ("a flood", lambda q, _: [b"x"] * 200, None),
-            ("silence", lambda q, _: [], None),
-            ("SERVFAIL", lambda q, _: [q.answer(code=2)], None),
-            ("SERVFAIL with records", lambda q, _: [q.answer(good, code=2)], None),
-            ("REFUSED", lambda q, _: [q.answer(code=5)], None),
-            ("truncated", lambda q, tcp: [q.answer(good) if tcp else q.answer(flags=truncated)], ("192.0.2.1",)),
-            (
-                "truncated and then huge",
-                lambda q, tcp: [q.answer(*(many if tcp else ()), flags=0x8180 if tcp else truncated)],
-                tuple(f"192.0.2.{i}" for i in range(250)),
-            ),
-            ("truncated and then gone", lambda q, tcp: [] if tcp else [q.answer(flags=truncated)], None),
-            (
-                "truncated and then forged",
-                lambda q, tcp: [q.answer(bad, number=q.number ^ 1) if tcp else q.answer(flags=truncated)],
-                None,
-            ),
-            (
-                "a datagram larger than it should be",
-                lambda q, _: [q.answer(*many)],
-                tuple(f"192.0.2.{i}" for i in range(250)),
-            ),
-            (
-                "a time to live over the top",
-                lambda q, _: [q.answer(wire_record("a.example", 1, "192.0.2.1", 1 << 31))],
-                ("192.0.2.1",),
-            ),
-        ]
+        def a(end: int, ttl: int = 60) -> bytes:
+            return wire_record("a.example", haineko.A, f"192.0.2.{end}", ttl)
+
+        many, truncated = [a(i) for i in range(250)], 0x8380
         server = self.enter(NameServer({}))
-        for what, manner, values in cases:
+        for what, manner, wanted in (  # wanted: last numbers of the addresses, or words in the reason of the failure
+            ("a forged number first", lambda q, _: [q.answer(a(66), number=q.number ^ 1), q.answer(a(1))], [1]),
+            ("a forged name first", lambda q, _: [q.answer(a(66), name="b.example"), q.answer(a(1))], [1]),
+            ("a forged kind first", lambda q, _: [q.answer(a(66), kind=haineko.MX), q.answer(a(1))], [1]),
+            ("a query first", lambda q, _: [q.octets, q.answer(a(1))], [1]),
+            ("rubbish first", lambda q, _: [b"", b"\xff" * 600, q.answer()[:-2], q.answer(a(1))], [1]),
+            ("another's records", lambda q, _: [q.answer(wire_record("b.example", 1, "192.0.2.66"))], []),
+            ("forgeries alone", lambda q, _: [q.answer(a(66), number=q.number ^ 1)], " "),
+            ("a flood", lambda q, _: [b"x"] * 200, "do not answer the query"),
+            ("silence", lambda q, _: [], " "),
+            ("SERVFAIL", lambda q, _: [q.answer(code=2)], " "),
+            ("SERVFAIL with records", lambda q, _: [q.answer(a(1), code=2)], " "),
+            ("REFUSED", lambda q, _: [q.answer(code=5)], " "),
+            ("truncated", lambda q, tcp: [q.answer(a(1)) if tcp else q.answer(flags=truncated)], [1]),
+            ("truncated and then huge", lambda q, tcp: [q.answer(*many) if tcp else q.answer(flags=truncated)],
+             range(250)),
+            ("truncated and then gone", lambda q, tcp: [] if tcp else [q.answer(flags=truncated)], " "),
+            ("truncated and then forged",
+             lambda q, tcp: [q.answer(a(66), number=q.number ^ 1) if tcp else q.answer(flags=truncated)], " "),
+            ("a datagram larger than it should be", lambda q, _: [q.answer(*many)], range(250)),
+            ("a time to live over the top", lambda q, _: [q.answer(a(1, 1 << 31))], [1]),
+        ):  # fmt: skip
             server.zone = {"a.example": manner}
             with self.subTest(what):
                 began = time.monotonic()
-                found = self.look_up(server, "a.example", haineko.A, 1.0)
+                found = self.look_up("a.example", haineko.A, server.place, seconds=1.0)
                 self.assertLess(time.monotonic() - began, 2)
-                self.assertEqual(found.values, values or ())
-                self.assertEqual(found.code, haineko.NOERROR if values is not None else haineko.SERVFAIL)
-                self.assertEqual(bool(found.why), values is None)
-
-    def test_a_flood_ends(self):
-        server = self.enter(NameServer({"a.example": lambda q, _: [b"x"] * 100}))
-        self.assertIn("do not answer the query", self.look_up(server, "a.example", haineko.A).why)
+                if isinstance(wanted, str):
+                    self.assertEqual((found.code, found.values), (haineko.SERVFAIL, ()))
+                    self.assertIn(wanted, found.why)
+                else:
+                    values = tuple(f"192.0.2.{i}" for i in wanted)
+                    self.assertEqual((found.code, found.values, found.why), (haineko.NOERROR, values, ""))
 
     def test_the_next_server_is_asked(self):
         first, second = self.enter(NameServer({})), self.enter(NameServer({"a.example": {haineko.A: ["192.0.2.1"]}}))
-        for what, manner in (("silence", lambda q, _: []), ("SERVFAIL", lambda q, _: [q.answer(code=2)])):
-            first.zone = {"a.example": manner}
-            with self.subTest(what):
-                found = self.look_up((first.place, second.place), "a.example", haineko.A)
-                self.assertEqual(found.values, ("192.0.2.1",))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
             closed.bind(("127.0.0.1", 0))
             nobody = f"127.0.0.1:{closed.getsockname()[1]}"
-        self.assertEqual(self.look_up((nobody, second.place), "a.example", haineko.A).values, ("192.0.2.1",))
-        found = self.look_up((nobody,), "a.example", haineko.A)
+        for place, manner in (
+            (first.place, lambda q, _: []), (first.place, lambda q, _: [q.answer(code=2)]), (nobody, None),
+        ):  # fmt: skip
+            first.zone = {"a.example": manner}
+            self.assertEqual(self.look_up("a.example", haineko.A, place, second.place).values, ("192.0.2.1",))
+        found = self.look_up("a.example", haineko.A, nobody)
         self.assertEqual(found.code, haineko.SERVFAIL)
         self.assertIn("refused", found.why)
 
     def test_nobody_can_foresee_number_and_port(self):
         server = self.enter(NameServer({"a.example": {haineko.A: ["192.0.2.1"]}}))
         for _ in range(20):
-            self.look_up(server, "a.example", haineko.A)
+            self.look_up("a.example", haineko.A, server.place)
         self.assertGreater(len({question.number for question, _, _ in server.asked}), 15)
         self.assertGreater(len({peer[1] for _, peer, _ in server.asked}), 10)
         self.assertTrue(all(0 <= haineko.random_unit() < 1 for _ in range(100)))
@@ -5333,25 +4962,21 @@ class NameServers(WithCertificates):
         }
         server = self.enter(NameServer(zone))
         resolver = haineko.Resolver((server.place,), clock=lambda: clock[0])
-
-        def asked(name: str, at: float) -> int:
-            """Questions that a look-up at that time costs."""
-            before, clock[0] = len(server.asked), at
-            haineko.run(resolver.lookup(name, haineko.A, time.monotonic() + 5))
-            return len(server.asked) - before
-
-        for name, times in (
-            ("a.example", [(0, 1), (1, 0), (99, 0), (101, 1), (150, 0)]),
-            ("zero.example", [(0, 1), (0, 1)]),
-            ("alias.example", [(0, 2), (49, 0), (51, 2)]),
-            ("none.example", [(0, 1), (59, 0), (61, 1)]),
-            ("fails.example", [(0, haineko.Resolver.ATTEMPTS)] * 2),
-            ("ages.example", [(0, 1), (0, 1)]),  # RFC 2181 8
-            ("years.example", [(0, 1), (86399, 0), (86401, 1)]),
+        for name, *times in (  # (time, questions that a look-up costs then)
+            ("a.example", (0, 1), (1, 0), (99, 0), (101, 1), (150, 0)),
+            ("zero.example", (0, 1), (0, 1)),
+            ("alias.example", (0, 2), (49, 0), (51, 2)),
+            ("none.example", (0, 1), (59, 0), (61, 1)),
+            ("fails.example", *[(0, haineko.Resolver.ATTEMPTS)] * 2),
+            ("ages.example", (0, 1), (0, 1)),  # RFC 2181 8
+            ("years.example", (0, 1), (86399, 0), (86401, 1)),
         ):
             for at, wanted in times:
                 with self.subTest(name, at=at):
-                    self.assertEqual(asked(name, at), wanted)
+                    server.asked.clear()
+                    clock[0] = at
+                    haineko.run(resolver.lookup(name, haineko.A, time.monotonic() + 5))
+                    self.assertEqual(len(server.asked), wanted)
 
     def test_what_is_kept_is_bounded(self):
         clock = [0.0]
@@ -5370,28 +4995,23 @@ class NameServers(WithCertificates):
     def test_servers_of_resolv_conf(self):
         path = os.path.join(self.folder, "resolv.conf")
         text = "# nameserver 192.0.2.9\nsearch example.org\nnameserver 192.0.2.1\nnameserver\t2001:db8::53\noptions x\n"
-        for content, wanted in (
-            (text, (("192.0.2.1", 53), ("2001:db8::53", 53))),
-            ("nameserver nonsense\n", (("127.0.0.1", 53),)),
-            ("".join(f"nameserver 192.0.2.{i}\n" for i in range(1, 6)), tuple((f"192.0.2.{i}", 53) for i in (1, 2, 3))),
-        ):
+        many = "".join(f"nameserver 192.0.2.{i}\n" for i in range(1, 6))
+        for content, *wanted in (
+            (None, "127.0.0.1"), (text, "192.0.2.1", "2001:db8::53"), ("nameserver nonsense\n", "127.0.0.1"),
+            (many, "192.0.2.1", "192.0.2.2", "192.0.2.3"),
+        ):  # fmt: skip
             with self.subTest(content):
-                with open(path, "w", encoding="ascii") as stream:
-                    stream.write(content)
-                self.assertEqual(haineko.resolv_conf_servers(path), wanted)
-        self.assertEqual(haineko.resolv_conf_servers(path + "x"), (("127.0.0.1", 53),))
+                if content:
+                    with open(path, "w", encoding="ascii") as stream:
+                        stream.write(content)
+                self.assertEqual(haineko.resolv_conf_servers(path), tuple((address, 53) for address in wanted))
 
     def test_the_setting_resolver(self):
         for value, wanted in (
-            ("127.0.0.1:5353", ("127.0.0.1", 5353)),
-            ("192.0.2.1", ("192.0.2.1", 53)),
-            ("[2001:db8::1]:5353", ("2001:db8::1", 5353)),
-            ("2001:db8::1", ("2001:db8::1", 53)),
-            ("ns.example.org", ()),
-            ("127.0.0.1:0", ()),
-            ("127.0.0.1:65536", ()),
-            ("127.0.0.1:", ()),
-        ):
+            ("127.0.0.1:5353", ("127.0.0.1", 5353)), ("192.0.2.1", ("192.0.2.1", 53)),
+            ("[2001:db8::1]:5353", ("2001:db8::1", 5353)), ("2001:db8::1", ("2001:db8::1", 53)),
+            ("ns.example.org", ()), ("127.0.0.1:0", ()), ("127.0.0.1:65536", ()), ("127.0.0.1:", ()),
+        ):  # fmt: skip
             with self.subTest(value):
                 faults: list = []
                 found = haineko.from_dict(haineko.Smtpd, {"resolver": value}, "smtpd", faults)
@@ -5399,7 +5019,7 @@ class NameServers(WithCertificates):
                 self.assertEqual((found.resolver, bool(faults)), ((value,) if wanted else (), not wanted))
 
     def test_look_ups_under_way_are_shared(self):
-        server = self.enter(NameServer({"a.example": {haineko.A: ["192.0.2.1"], "ttl": 0}}))
+        server = self.enter(NameServer({}))
         resolver = haineko.Resolver((server.place,))
         for zone, values, asked in (
             ({haineko.A: ["192.0.2.1"], "ttl": 0}, ("192.0.2.1",), 1),
@@ -5420,26 +5040,24 @@ class NameServers(WithCertificates):
 class Names(haineko.Connector):
     """Connects to hosts whose addresses it is told, as late as it is told."""
 
-    def __init__(self, addresses: list | None) -> None:
+    def __init__(self, *addresses: str) -> None:
         super().__init__()
         self.addresses, self.gate = addresses, threading.Event()
 
     def _look_up(self, host: str, future) -> None:
-        if self.addresses is None:
+        if not self.addresses:
             self.gate.wait(9)
         future.set_result(self.addresses or ["127.0.0.1"])
 
 
 def swallow(test: unittest.TestCase, address: str, port: int) -> str:
     """The address, which from now on answers no attempt to connect to that port: its queue is full."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family)
-    test.addCleanup(listener.close)
+    listener, *others = [socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) for _ in range(5)]
     listener.bind((address, port))
     listener.listen(0)
-    for _ in range(4):
-        sock = socket.socket(family)
+    for sock in (listener, *others):
         test.addCleanup(sock.close)
+    for sock in others:
         sock.setblocking(False)
         sock.connect_ex((address, port))
     return address
@@ -5449,7 +5067,7 @@ class Connections(unittest.TestCase):
     def test_an_address_that_is_silent_is_tried_last_for_a_while(self):
         with socket.create_server(("127.0.0.1", 0)) as good:
             port = good.getsockname()[1]
-            connector = Names([swallow(self, "::1", port), "127.0.0.1"])
+            connector = Names(swallow(self, "::1", port), "127.0.0.1")
             for limits in ((0.2, 2.0), (0.0, 0.2)):  # what failed is tried last for a while
                 began = time.monotonic()
                 with connector.connect("host.example", port, began + 9) as sock:
@@ -5463,14 +5081,14 @@ class Connections(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as sock:
             port = sock.getsockname()[1]
         with self.assertRaises(ConnectionRefusedError):
-            Names(["::1", "127.0.0.1"]).connect("host.example", port, time.monotonic() + 9)
+            Names("::1", "127.0.0.1").connect("host.example", port, time.monotonic() + 9)
         began, host = time.monotonic(), swallow(self, "::1", port)
         with self.assertRaises(socket.timeout):
-            Names([host]).connect("host.example", port, began + 0.4)
+            Names(host).connect("host.example", port, began + 0.4)
         self.assertLess(time.monotonic() - began, 2)
 
     def test_a_slow_look_up_ends_at_the_deadline(self):
-        connector, began = Names(None), time.monotonic()
+        connector, began = Names(), time.monotonic()
         for _ in range(3):
             with self.assertRaises(socket.timeout):
                 connector.connect("host.example", 25, time.monotonic() + 0.1)
@@ -5480,56 +5098,34 @@ class Connections(unittest.TestCase):
 
 
 class HostsOfADomain(unittest.TestCase):
-    def hosts(self, values: tuple, hostname: str = "relay.example") -> list:
+    def hosts(self, *values: tuple, hostname: str = "relay.example") -> tuple:
         """The hosts of a domain with these MX records."""
 
         class Resolver:
             async def lookup(self, *_) -> haineko.DNSAnswer:
                 return haineko.DNSAnswer(haineko.NOERROR, values)
 
-        return haineko.run(haineko.mx_hosts("neko.example", Resolver(), hostname, float("inf")))
+        return tuple(haineko.run(haineko.mx_hosts("neko.example", Resolver(), hostname, float("inf"))))
 
     def test_order(self):
-        values = ((20, "c"), (10, "a"), (10, "b"), (5, "mx.bad host"), (5, ""))
-        orders = {tuple(self.hosts(values)) for _ in range(100)}
+        orders = {self.hosts((20, "c"), (10, "a"), (10, "b"), (5, "mx.bad host"), (5, "")) for _ in range(100)}
         self.assertEqual(orders, {("a", "b", "c"), ("b", "a", "c")})
-
-    def test_equal_ones_are_shuffled(self):
-        values = tuple((10, f"mx{i}") for i in range(4))
-        orders = {tuple(self.hosts(values)) for _ in range(300)}
+        orders = {self.hosts(*[(10, f"mx{i}") for i in range(4)]) for _ in range(300)}
         self.assertGreater(len(orders), 12)
 
     def test_this_host_and_those_behind_it_are_left_out(self):
-        values = ((10, "a"), (20, "relay.example"), (20, "b"), (30, "c"))
-        self.assertEqual(self.hosts(values, "Relay.example"), ["a"])
+        values = ((20, "relay.example"), (20, "b"), (30, "c"), (40, "relay.example"))
+        self.assertEqual(self.hosts((10, "a"), *values, hostname="Relay.example"), ("a",))
         with self.assertRaises(haineko.Rejected) as caught:
-            self.hosts(values[1:])
+            self.hosts(*values)
         self.assertEqual(caught.exception.reply.dsn, "5.4.6")
 
     def test_public_addresses(self):
-        for text, public in (
-            ("8.8.8.8", True),
-            ("2606:4700::1111", True),
-            ("127.0.0.1", False),
-            ("10.1.2.3", False),
-            ("172.31.0.1", False),
-            ("192.168.1.1", False),
-            ("169.254.169.254", False),
-            ("100.64.0.1", False),
-            ("0.0.0.0", False),
-            ("255.255.255.255", False),
-            ("224.0.0.1", False),
-            ("::1", False),
-            ("::", False),
-            ("fe80::1", False),
-            ("fd00::1", False),
-            ("ff02::1", False),
-            ("::ffff:127.0.0.1", False),
-            ("::ffff:8.8.8.8", True),
-            ("2002:7f00:1::", False),
-        ):
-            with self.subTest(text):
-                self.assertEqual(haineko.is_public(text), public)
+        private = "127.0.0.1 10.1.2.3 172.31.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 255.255.255.255"
+        private += " 224.0.0.1 ::1 :: fe80::1 fd00::1 ff02::1 ::ffff:127.0.0.1 2002:7f00:1::"
+        for texts, public in (("8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8", True), (private, False)):
+            for text in texts.split():
+                self.assertEqual(haineko.is_public(text), public, text)
 
 
 class PoliciesOfDomains(unittest.TestCase):
