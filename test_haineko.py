@@ -2894,11 +2894,21 @@ def finished(message, **more) -> dict:
 
 
 FIELD_FAULTS = [
+    ("subject", 1, "expected a string, got a number"), ("subject", "a\nb", "has a CR, LF or NUL"),
+    ("from", "nobody", 'expected "name <address>", got "nobody"'),
+    ("replyto", "a b c", 'expected "name <address>", got "a b c"'), ("replyto", "a\r <a@x>", "has a CR, LF or NUL"),
+    ("from", "a\0 <a@x>", "has a CR, LF or NUL"),
+    ("charset", "UTF-9", 'expected a charset that mail readers know, like "UTF-8", got "UTF-9"'),
+    ("x-haineko-loop", "a b", '"a b" is no name of a Haineko'),
+    ("x-haineko-loop[0]", [1], "expected a string, got a number"),
+    ("html", "a", "unknown key; did you mean html, outside of header?"),
+    ("reply_too", "a", 'unknown key; did you mean "replyto"?'),
+    ("Subjekt", "a", 'unknown key; did you mean "subject"?'), ("reply_to", "a", 'expected "name <address>", got "a"'),
     ("to", "a", 'expected "name <address>"'), ("cc[1]", ["a@example.jp", 1], "expected a string"),
     ("to", "a@straße.de", 'expected "name <address>", got "a@straße.de"; U+00DF has two readings in a domain'),
     ("from", "A <a@x>\r\nBcc: b@x", "has a CR, LF or NUL"), ("bcc", {"a": 1}, "expected a string, got an object"),
-    *[(key, text, 'expected "<left@right>"') for key,
-      text in (("message-id", "a@b"), ("Message_ID", "<a b@c>"), ("message-id", "<a@b> <c@d>"))],
+    *[(key, text, 'expected "<left@right>"') for key, text in (
+        ("message-id", "a@b"), ("Message_ID", "<a b@c>"), ("message-id", "<a@b> <c@d>"))],
     ("references[1]", ["<a@b>", "c"], 'expected "<left@right>'), ("in-reply-to", 1, "expected a string"),
     *[("date", text, "expected a date like") for text in ("2014-01-03", "Fri, 31 Feb 2014 18:35:58 +0900")],
     ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has an unprintable character"),
@@ -2910,9 +2920,32 @@ FIELD_FAULTS = [
     ("disposition-notification-to", "a", 'expected "name <address>"'), ("resent-to", "a@example.jp", "unknown key"),
     *[(key, "a", "unknown key") for key in ("x-", "x-a b", "x-a:", "x-" + "a" * 73, "X-猫", "mail")],
     ("organisation", "a", 'unknown key; did you mean "organization"?'),
-    *[(key, "a", "Haineko makes this field itself")
-      for key in ("received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type",
-      "content_disposition", "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
+    *[(key, "a", "Haineko makes this field itself") for key in (
+        "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
+        "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
+]  # fmt: skip
+FILE_FAULTS = [
+    ({"filename": "a"}, "content: is missing"), ({"content": None}, "content: is missing"),
+    ({"content": 1}, "content: expected a string, got a number"),
+    *[({"content": text}, "content: is not base64") for text in (
+        "a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!", "=abc",
+        "ab\0c")],
+    (file(name="a.pdf"), 'name: unknown key; did you mean "filename"?'),
+    (file(contentType="a/b"), 'contentType: unknown key; did you mean "type"?'),
+    *[(file(name), f'filename: expected a name without a path, got "{name}"') for name in (
+        "a/b", "../x", "C:\\x", "..", ".", "/")],
+    *[(file(f"a{odd}b"), "filename: has a control character") for odd in (
+        *"\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066", "\r\nBcc: x@example.jp")],
+    (file("x" * 256), "filename: 256 characters exceed the limit of 255"),
+    *[(file(type=kind), "type: expected a media type like") for kind in (
+        "pdf", "a/b/c", "a/b; c", "a/b; c=é", 'text/plain; a="', "a /b", "a/", "/b", "猫/b", "a/b;c=d e", "a/b" * 99)],
+    (file(type="a/b\r\nBcc: x@example.jp"), "type: has a CR, LF or NUL"),
+    *[(file(type=f"{kind}; a=b"), f"type: {kind} can't be attached") for kind in (
+        "multipart/mixed", "message/partial")],
+    *[(file(octets=octets, type="message/rfc822"), "type: message/rfc822 must be ASCII") for octets in (
+        "猫".encode(), b"x" * 999, b"x\ry")],
+    *[(file(cid=cid), "cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x", "x" * 201, 1)],
+    (file(inline="yes"), "inline: expected true or false, got a string"),
 ]  # fmt: skip
 RAW_FAULTS = [
     (1, ": expected a string, got a number"), ({"base64": "*"}, ".base64: is not base64"),
@@ -2923,6 +2956,7 @@ RAW_FAULTS = [
     ("A: " + "x" * 998 + "\n\nx", ": header A: has a line longer than 998"),
     ("\ud800", ": has half a surrogate pair at character 0"),
 ]  # fmt: skip
+# (submission, its errors); a string: how the first begins, and all are at that place.
 FAULTS = [
     ([], ["top level: expected an object, got a list"]), ("x", ["top level: expected an object, got a string"]),
     (b"null", ["top level: expected an object, got null"]),
@@ -2930,87 +2964,54 @@ FAULTS = [
     ({"header": "x"}, ["header: expected an object, got a string"]),
     ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
     ({"subject": "a"}, ["subject: unknown key; did you mean header.subject?"]),
-    *[({key: "a"}, [f"{key}: unknown key; did you mean {meant}?"]) for key,
-      meant in (("cc", "header.cc"), ("reply_to", "header.replyto"), ("replyTo", "header.replyto"), ("text", "body"),
-      ("List-Unsubscribe", "header.list-unsubscribe"), ("contentType", "html or attachments[].type"))],
-    ({"header": {"html": "a"}}, ["header.html: unknown key; did you mean html, outside of header?"]),
-    ({"header": {"reply_too": "a"}}, ['header.reply_too: unknown key; did you mean "replyto"?']),
-    ({"header": {"reply_to": "a"}}, ['header.reply_to: expected "name <address>", got "a"']),
-    ({"header": {"Subjekt": "a"}}, ['header.Subjekt: unknown key; did you mean "subject"?']),
-    ({"a\r\nb": 1}, ["a??b: unknown key"]), ({"mail": 1}, ["mail: expected a string, got a number"]),
-    ({"mail": ["a@example.jp"]}, ["mail: expected a string, got a list"]),
-    ({"ehlo": False}, ["ehlo: expected a string, got true or false"]),
-    ({"body": {}}, ["body: expected a string, got an object"]),
-    ({"rcpt": 5}, ["rcpt: expected a string, got a number"]),
-    ({"rcpt": {"a": 1}}, ["rcpt: expected a string, got an object"]),
-    ({"rcpt": ["a", None]}, ["rcpt[1]: expected a string, got null"]),
-    ({"rcpt": [["a"]]}, ["rcpt[0]: expected a string, got a list"]),
-    ({"header": {"subject": 1}}, ["header.subject: expected a string, got a number"]),
-    ({"header": {"subject": "a\nb"}}, ["header.subject: has a CR, LF or NUL"]),
-    ({"header": {"from": "nobody"}}, ['header.from: expected "name <address>", got "nobody"']),
-    ({"header": {"replyto": "a b c"}}, ['header.replyto: expected "name <address>", got "a b c"']),
-    ({"header": {"charset": "UTF-9"}},
-      ['header.charset: expected a charset that mail readers know, like "UTF-8", got "UTF-9"']),
-    ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
-    ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
+    *[({key: "a"}, [f"{key}: unknown key; did you mean {meant}?"]) for key, meant in (
+        ("cc", "header.cc"), ("reply_to", "header.replyto"), ("replyTo", "header.replyto"), ("text", "body"),
+        ("List-Unsubscribe", "header.list-unsubscribe"), ("contentType", "html or attachments[].type"))],
+    ({"a\r\nb": 1}, ["a??b: unknown key"]),
+    *[({path.partition("[")[0]: value}, [f"{path}: expected a string, got {kind}"]) for path, value, kind in (
+        ("mail", 1, "a number"), ("mail", ["a@x.jp"], "a list"), ("ehlo", False, "true or false"),
+        ("body", {}, "an object"), ("rcpt", 5, "a number"), ("rcpt", {"a": 1}, "an object"),
+        ("rcpt[1]", ["a", None], "null"), ("rcpt[0]", [["a"]], "a list"))],
     (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
     (b'{"header": {"subject": "a", "subject": "a", "Foo": 1, "X-a": "1"}}',
-      ["header.subject: duplicate key", "header.Foo: unknown key"]),
-    (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: duplicate key"]),
+        ["header.subject: duplicate key", "header.Foo: unknown key"]),
     (b'{"body": "\\ud800"}', ["body: has half a surrogate pair at character 0"]),
     (b'{"rcpt": ["a", "b\\udc00"]}', ["rcpt[1]: has half a surrogate pair at character 1"]),
     (b'{"header": {"subject": "\\ud83d"}}', ["header.subject: has half a surrogate pair at character 0"]),
     (b'{"\\ud800": 1}', ["?: unknown key"]),
     ({"rcpt": 1, "body": 2, "x": 3},
-      ["rcpt: expected a string, got a number", "body: expected a string, got a number", "x: unknown key"]),
+        ["rcpt: expected a string, got a number", "body: expected a string, got a number", "x: unknown key"]),
     (b'{"body": "\\u001b", "header": {"charset": "ISO-2022-JP", "x-haineko-loop": %b%b}}' % (b"[" * 3000, b"]" * 3000),
-      ["nested too deeply"]),
-    *[(document(send_at=value), "send_at: expected whole seconds")
-      for value in ("2026-12-24T12:00:00", "2026-12-24", "2026-02-30T12:00:00Z", "2026-12-24T12:00:00Z ", "tomorrow",
-      "", 1798113600.5, True, [])],
+        ["nested too deeply"]),
+    *[(document(**change, header={"charset": "ISO-2022-JP", **header}), f"{path}: {said}") for held, said in (
+        ("\x1b$B$\x1b(B", "claims to be ISO-2022-JP and ends within a character"),
+        ("\x1b$B$M\nx\x1b(B", "claims to be ISO-2022-JP and isn't"),
+        ("\x1b$B \x1b(B", "claims to be ISO-2022-JP and isn't"), ("\x1b$B~~\x1b(B", "has an unassigned character"),
+        ("\x1b$(D0!\x1b(B", "has an escape sequence that is not ISO-2022-JP's")) for path, change, header in (
+        ("body", {"body": held}, {}), ("header.subject", {}, {"subject": held}))],
+    *[(document(send_at=value), "send_at: expected whole seconds") for value in (
+        "2026-12-24T12:00:00", "2026-12-24", "2026-02-30T12:00:00Z", "2026-12-24T12:00:00Z ", "tomorrow", "",
+        1798113600.5, True, [])],
     ({"html": 1}, "html: expected a string, got a number"),
     ({"attachments": "x"}, "attachments: expected an object, got a string"),
     ({"attachments": [file(), "x"]}, "attachments[1]: expected an object, got a string"),
-    ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
-    ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
     ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
-    ({"attachments": [{"content": 1}]}, "attachments[0].content: expected a string, got a number"),
-    *[({"attachments": [{"content": text}]}, "attachments[0].content: is not base64")
-      for text in ("a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!",
-      "=abc", "ab\0c")],
-    ({"attachments": [file(name="a.pdf")]}, 'attachments[0].name: unknown key; did you mean "filename"?'),
-    *[({"attachments": [file(name)]}, f'attachments[0].filename: expected a name without a path, got "{name}"')
-      for name in ("a/b", "../x", "C:\\x", "..", ".", "/")],
-    *[({"attachments": [file(f"a{odd}b")]}, "attachments[0].filename: has a control character")
-      for odd in (*"\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066", "\r\nBcc: x@example.jp")],
-    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: 256 characters exceed the limit of 255"),
-    *[({"attachments": [file(type=kind)]}, "attachments[0].type: expected a media type like")
-      for kind in ("pdf", "a/b/c", "a/b; c", "a/b; c=é", 'text/plain; a="', "a /b", "a/", "/b", "猫/b", "a/b;c=d e",
-      "a/b" * 99)],
-    ({"attachments": [file(type="a/b\r\nBcc: x@example.jp")]}, "attachments[0].type: has a CR, LF or NUL"),
-    *[({"attachments": [file(type=f"{kind}; a=b")]}, f"attachments[0].type: {kind} can't be attached")
-      for kind in ("multipart/mixed", "message/partial")],
-    *[({"attachments": [file(octets=octets, type="message/rfc822")]},
-      "attachments[0].type: message/rfc822 must be ASCII") for octets in ("猫".encode(), b"x" * 999, b"x\ry")],
-    *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ")
-      for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x", "x" * 201, 1)],
+    *[({"attachments": [item]}, f"attachments[0].{said}") for item, said in FILE_FAULTS],
     ({"html": "<img src='cid:logo'>"}, 'html: "cid:logo" has no attachment with this cid'),
     ({"html": "x", "attachments": [file(cid="logo")]}, 'attachments[0].cid: the HTML has no "cid:logo"'),
-    ({"attachments": [file(contentType="a/b")]}, 'attachments[0].contentType: unknown key; did you mean "type"?'),
     ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
-    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: expected true or false, got a string"),
     ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
     *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in FIELD_FAULTS],
     ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
-    *[({"header": header}, "header: more than 1000 fields or 102400 characters")
-      for header in ({"x-a": ["a"] * 1001}, {f"x-{i}": "a" for i in range(1001)}, {"x-a": ["a" * 1000] * 103})],
+    *[({"header": header}, "header: more than 1000 fields or 102400 characters") for header in (
+        {"x-a": ["a"] * 1001}, {f"x-{i}": "a" for i in range(1001)}, {"x-a": ["a" * 1000] * 103})],
     ({"header": {"to": ["a@b"] * 2001}}, "header.to: 2001 addresses exceed the limit of 2000"),
     ({"header": {"to": "a@b," * 2001}}, 'header.to: expected "name <address>"'),
     ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
-      "header.Reply-To: means the same as replyto, which is set already"),
+        "header.Reply-To: means the same as replyto, which is set already"),
     ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: means the same as x-a, which is set already"),
-    *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw") for key,
-      value in (("header", {"subject": "x"}), ("body", "x"), ("html", "x"), ("attachments", []))],
+    *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw") for key, value in (
+        ("header", {"subject": "x"}), ("body", "x"), ("html", "x"), ("attachments", []))],
     *[({"raw": raw}, f"raw{said}") for raw, said in RAW_FAULTS],
 ]  # fmt: skip
 
@@ -3027,49 +3028,35 @@ class Submissions(Quiet):
         raw = "From: x@example.org\nTo: a@example.jp\n{}\nSubject: x\n\nMeow\n".format
         long = "X-Haineko-Loop: " + "x" * 900 + "\n " + "x" * 900 + ",\n a.example"  # is not remembered
         deep = "\n ".join(["(" * 900] * 20)  # refused, not lost
-        cases = [
+        lists = [("a@x.jp, B <b@x.jp>", ("a@x.jp", "b@x.jp")), ("B <b@x.jp>, a@x.jp", ("b@x.jp", "a@x.jp"))]
+        lists += [("b@x.jp <c@x.jp>", ("c@x.jp",)), ("Yamada, Taro <taro@x.jp>", ("taro@x.jp",))]
+        for submission, path, wanted in (
             ({"ehlo": "[127.0.0.1]"}, "ehlo", "[127.0.0.1]"), ({"helo": "a"}, "ehlo", "a"), ({"ehlo": ""}, "ehlo", ""),
-            ({"ehlo": None}, "ehlo", None), ({"mail": "a@example.jp"}, "mail", "a@example.jp"),
-            ({"send": "a@example.jp"}, "mail", "a@example.jp"), ({"from": "a@example.jp"}, "mail", "a@example.jp"),
-            ({"rcpt": ["a@x.jp", "b@x.jp"]}, "rcpt", ("a@x.jp", "b@x.jp")), ({"recv": ["a@x.jp"]}, "rcpt", ("a@x.jp",)),
-            ({"to": "a@x.jp"}, "rcpt", ("a@x.jp",)), ({"rcpt": "a@x.jp"}, "rcpt", ("a@x.jp",)),
+            ({"ehlo": None}, "ehlo", None), *[({key: "a@x.jp"}, "mail", "a@x.jp") for key in ("mail", "send", "from")],
+            ({"rcpt": ["a@x.jp", "b@x.jp"]}, "rcpt", ("a@x.jp", "b@x.jp")),
+            *[({key: "a@x.jp"}, "rcpt", ("a@x.jp",)) for key in ("rcpt", "recv", "to")],
             ({"header": {"subject": "謹賀新年"}}, "header.subject", "謹賀新年"), ({"body": "お年玉"}, "body", "お年玉"),
             (b'{"body": "\\ud83d\\ude3a"}', "body", "😺"),
             (document(body="\x1b$B$M$3\x1b(B"), "body", "\x1b$B$M$3\x1b(B"),
             (document(body="ね\x1b$B$M$3\x1b(B", header={"charset": "ISO-2022-JP"}), "body", "ね\x1b$B$M$3\x1b(B"),
-            ({"header": {"charset": "utf8"}}, "header.charset", "UTF-8"),
-            ({"header": {"charset": None}}, "header.charset", "UTF-8"),
-            ({"header": {"x-haineko-loop": "a.example"}}, "header.loop", ("a.example",)),
-            ({"header": {"x-haineko-loop": "a.example, b.example"}}, "header.loop", ("a.example", "b.example")),
-            ({"header": {"x-haineko-loop": ["a.example", "b.example,c.example"]}}, "header.loop",
-              ("a.example", "b.example", "c.example")),
-            ({"header": {"x-haineko-loop": [" a "]}}, "header.loop", ("a",)),
-            ({"header": {"x-haineko-loop": ""}}, "header.loop", ()),
-            ({"header": {"x-haineko-loop": []}}, "header.loop", ()),
-            (finished(raw(long)), "header.loop", ("a.example",)), ({"send_at": 1798113600}, "send_at", 1798113600),
-            ({"send_at": 0}, "send_at", 0), ({"send_at": -5}, "send_at", -5),
-            *[({"send_at": f"2026-12-24T{text}"}, "send_at", 1798113600)
-              for text in ("12:00:00Z", "21:00:00+09:00", "21:00+0900")],
+            *[({"header": {"charset": name}}, "header.charset", "UTF-8") for name in ("utf8", None)],
+            *[({"header": {"x-haineko-loop": given}}, "header.loop", wanted) for given, wanted in (
+                ("a.example", ("a.example",)), ("a.example, b.example", ("a.example", "b.example")), ([" a "], ("a",)),
+                (["a.example", "b.example,c.example"], ("a.example", "b.example", "c.example")), ("", ()), ([], ()))],
+            (finished(raw(long)), "header.loop", ("a.example",)),
+            *[({"send_at": given}, "send_at", given) for given in (1798113600, 0, -5)],
+            *[({"send_at": f"2026-12-24T{text}"}, "send_at", 1798113600) for text in (
+                "12:00:00Z", "21:00:00+09:00", "21:00+0900")],
             ({"send_at": "2026-12-24T07:30:00.250-04:30"}, "send_at", 1798113600.25),
             (document(rcpt=None, header={"to": "undisclosed-recipients:;", "bcc": "a@x"}), "rcpt", ("a@x",)),
-            (finished(raw("X: y"), rcpt=["z@example.jp"]), "rcpt", ("z@example.jp",)),
-            (finished(raw("Cc: c@x.jp,\n d@x.jp\nBcc: e@x.jp")), "rcpt",
-              ("a@example.jp", "c@x.jp", "d@x.jp", "e@x.jp")),
-            (finished(raw("Cc: foo-[redacted]victim@example.net")), "rcpt",
-              ("a@example.jp", "foo-[redacted]victim@example.net")),
-            (finished(raw(f"Cc: {deep}")), "rcpt", ("a@example.jp", deep.replace("\n", ""))),
-            (finished(raw("Cc: c@example.jp <d@example.jp> e")), "rcpt",
-              ("a@example.jp", "c@example.jp <d@example.jp> e")),
-        ]  # fmt: skip
-        for text, wanted in (
-            ("a@x.jp, B <b@x.jp>", ("a@x.jp", "b@x.jp")), ("B <b@x.jp>, a@x.jp", ("b@x.jp", "a@x.jp")),
-            ("b@x.jp <c@x.jp>", ("c@x.jp",)), ("Yamada, Taro <taro@x.jp>", ("taro@x.jp",)),
+            (finished(raw("X: y"), rcpt=["z@x.jp"]), "rcpt", ("z@x.jp",)),
+            *[(finished(raw(f"Cc: {text}\nBcc: undisclosed-recipients:;")), "rcpt", ("a@example.jp", *wanted))
+                for text, wanted in (
+                *lists, ("c@x.jp,\n d@x.jp\nBcc: e@x.jp", ("c@x.jp", "d@x.jp", "e@x.jp")),
+                (deep, (deep.replace("\n", ""),)),
+                *[(text, (text,)) for text in ("foo-[redacted]victim@example.net", "c@x.jp <d@x.jp> e")])],
+            *[(document(rcpt=None, header={"to": text}), "rcpt", wanted) for text, wanted in lists],
         ):  # fmt: skip
-            cases.append((document(rcpt=None, header={"to": text}), "rcpt", wanted))
-            cases.append(
-                (finished(raw(f"Cc: {text}\nBcc: undisclosed-recipients:;")), "rcpt", ("a@example.jp", *wanted))
-            )
-        for submission, path, wanted in cases:
             with self.subTest(submission):
                 found = understood(submission)
                 for name in path.split("."):
@@ -3149,17 +3136,16 @@ class Submissions(Quiet):
             ("A Group:Ed Jones <a@x>, b@y; , c@z", [("Ed Jones", "a@x"), b, ("", "c@z")]), ("", []), (" ,; ", []),
             ('"Doe, J" <a@x> (work), B <b@y>', [("Doe, J (work)", "a@x"), ("B", "b@y")]), ("< a@x >, b@y", [a, b]),
             ("a@[IPv6:2001:db8::1]; b@y", [("", "a@[IPv6:2001:db8::1]"), b]), ("a@x", [a]), ("<a@x>", [a]),
-            ("Neko<a@x>", [("Neko", "a@x")]), ("Neko  <a@x> ", [("Neko", "a@x")]),
-            ("キジトラ <a@x>", [("キジトラ", "a@x")]), ("山田, 太郎 <a@x>", [("山田, 太郎", "a@x")]),
-            ("Yamada, Taro <a@x>", [("Yamada, Taro", "a@x")]),
-            ("Dr. N. Eko (vet) <a@x>", [("Dr. N. Eko (vet)", "a@x")]),
-            ('"Yamada, Taro" <a@x>', [("Yamada, Taro", "a@x")]), (r'"the \"cat\"" <a@x>', [('the "cat"', "a@x")]),
-            ('"山田, 太郎" <a@x>', [("山田, 太郎", "a@x")]), ("a@x (the cat)", [("the cat", "a@x")]),
             ("a@x, b@y", [a, b]), ("A <a@x>, B <b@y>", [("A", "a@x"), ("B", "b@y")]),
-            ('あ <a@x>, "い, う" <b@y>', [("あ", "a@x"), ("い, う", "b@y")]), ("a@例え.jp", [("", "a@xn--r8jz45g.jp")]),
-            ("a@[192.0.2.1]", [("", "a@[192.0.2.1]")]), ("Neko <a@[192.0.2.1]>", [("Neko", "a@[192.0.2.1]")]),
-            ('"ne ko"@x', [("", '"ne ko"@x')]), ('Neko <"ne ko"@x>', [("Neko", '"ne ko"@x')]),
-            ("=?UTF-8?B?44Kt?= <a@x>", [("=?UTF-8?B?44Kt?=", "a@x")]),
+            ('あ <a@x>, "い, う" <b@y>', [("あ", "a@x"), ("い, う", "b@y")]),
+            ("Neko <a@[192.0.2.1]>", [("Neko", "a@[192.0.2.1]")]), ('Neko <"ne ko"@x>', [("Neko", '"ne ko"@x')]),
+            ("a@例え.jp", [("", "a@xn--r8jz45g.jp")]),
+            *[(text, [("", text)]) for text in ("a@[192.0.2.1]", '"ne ko"@x')],
+            *[(text, [(name, "a@x")]) for text, name in (
+                ("Neko<a@x>", "Neko"), ("Neko  <a@x> ", "Neko"), ("Dr. N. Eko (vet) <a@x>", "Dr. N. Eko (vet)"),
+                ("a@x (the cat)", "the cat"), ('"Yamada, Taro" <a@x>', "Yamada, Taro"),
+                ('"山田, 太郎" <a@x>', "山田, 太郎"), (r'"the \"cat\"" <a@x>', 'the "cat"'),
+                *[(f"{name} <a@x>", name) for name in ("キジトラ", "山田, 太郎", "Yamada, Taro", "=?UTF-8?B?44Kt?=")])],
         ):  # fmt: skip
             with self.subTest(text):
                 self.assertEqual(addresses(haineko.parse_mailboxes(text)), wanted)
@@ -3190,9 +3176,8 @@ class Submissions(Quiet):
             (False, False, finished("A: b\n\n" + "x\n" * 2000, rcpt="b@example.jp")), (True, True, parts),
         ):  # fmt: skip
             with self.subTest(str(form)[100:250]):
-                self.assertEqual(
-                    (haineko.is_expensive(as_body(form)), haineko.is_expensive(understood(form))), (parse, make)
-                )
+                found = haineko.is_expensive(as_body(form)), haineko.is_expensive(understood(form))
+                self.assertEqual(found, (parse, make))
 
     def test_header_fields_that_relays_take_for_commands(self):
         names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
@@ -3213,11 +3198,11 @@ class Submissions(Quiet):
             ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"), ("big5-hkscs", "Big5-HKSCS"), ("iso2022_kr", "ISO-2022-KR"),
             ("macintosh", "macintosh"), ("mac_roman", "macintosh"), ("kz_1048", "KZ-1048"),
             ("iso-2022-jp-2", "ISO-2022-JP-2"), ("cp437", "IBM437"), ("latin9", "ISO-8859-15"), ("cp950", "Big5"),
-            *[(name, "")
-              for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1",
-              "iso-2022-jp-3", "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004", "base64",
-              "hex", "zlib", "hz", "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs",
-              "utf-8\r\nX: y", "utf-8\0", "utf 8", "ねこ", "../utf8", "a" * 1000)],
+            *[(name, "") for name in (
+                "", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1", "iso-2022-jp-3",
+                "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004", "base64", "hex", "zlib",
+                "hz", "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "utf-8\r\nX: y", "utf-8\0",
+                "utf 8", "ねこ", "../utf8", "a" * 1000)],
         ):  # fmt: skip
             with self.subTest(name):
                 self.assertEqual(haineko.iana_charset(name), wanted)
@@ -3234,14 +3219,9 @@ class Submissions(Quiet):
                 form = document(header={"subject": "é 日本", "charset": name, "from": "kijitora@example.org"})
                 self.assertIn(b"charset=", composed(form))
                 self.assertEqual(haineko.decode_charset(b"Meow", name), "Meow")
-        jis, yen = (("\x1b\x0e", "\x1b$A\x1b.A\x0e"), ("x", "¥1,980\n"))  # its codecs write a backslash
-        for name, (subject, body) in (
-            ("ISO-2022-JP-2", jis),
-            ("ISO-2022-KR", jis),
-            ("EUC-JP", yen),
-            ("Shift_JIS", yen),
-        ):
-            octets = composed(document(header={"subject": subject, "charset": name}, body=body))
+        jis, yen = "\x1b$A\x1b.A\x0e", "¥1,980\n"  # yen: the codecs write a backslash
+        for name, body in {"ISO-2022-JP-2": jis, "ISO-2022-KR": jis, "EUC-JP": yen, "Shift_JIS": yen}.items():
+            octets = composed(document(header={"subject": body[:-1], "charset": name}, body=body))
             self.assertIn(b"charset=UTF-8", octets)
 
     def test_a_long_name_and_an_encoded_word_are_two_lines(self):
@@ -3261,33 +3241,12 @@ class Submissions(Quiet):
         found = understood(document(header={"from": held, "replyto": held, "charset": "iso-2022-jp"})).header
         self.assertEqual(addresses(found.from_), [("キジトラ", "kijitora@example.com")])
         self.assertEqual(found.replyto, found.from_)
-        for held, words in (
-            ("\x1b$B$\x1b(B", "ends within a character"), ("\x1b$B$M\nx\x1b(B", "isn't"), ("\x1b$B \x1b(B", ""),
-            ("\x1b$B~~\x1b(B", "unassigned"), ("\x1b$(D0!\x1b(B", "not ISO-2022-JP's"),
-        ):  # fmt: skip
-            for key, change in (("body", {"body": held}), ("header.subject", {"header": {"subject": held}})):
-                with self.subTest(held, key=key):
-                    submission = document(**change)
-                    submission["header"]["charset"] = "ISO-2022-JP"
-                    (error,) = errors_in(submission)
-                    self.assertTrue(error.startswith(f"{key}: ") and words in error, error)
-
-    def test_send_at_needs_a_queue_and_30_days(self):
-        far = int(NOW) + 30 * 86400 + 2
-        for value, why in ((int(NOW), "send_at"), (0, "send_at"), (far, "send_at: expected a time at")):
-            with self.subTest(value):
-                status, found = posted(document(send_at=value))
-                self.assertEqual(status, 400)
-                self.assertIn(why, found["response"][0]["message"][1])
 
 
 class RawMessages(Quiet):
-    HEAD = (
-        "From: a@example.org\nTo: A <a@example.jp>,\n b@example.jp\nCc: c@example.jp\nBcc: d@example.jp\nSubject: Nya\n"
-    )
-    HEAD_ALONE = (
-        b"From: a@example.org\r\nTo: b@example.jp\r\nDate: Fri, 3 Jan 2014 18:35:58 +0900\r\nMessage-ID: <a@b>\r\n"
-    )
+    HEAD = "From: a@x.org\nTo: A <a@x.jp>,\n b@x.jp\nCc: c@x.jp\nBcc: d@x.jp\nSubject: Nya\n"
+    HEAD_ALONE = b"From: a@x.org\r\nTo: b@x.jp\r\nDate: Fri, 3 Jan 2014 18:35:58 +0900\r\nMessage-ID: <a@b>\r\n"
+    MIXED = "MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=b\n\n"
 
     def sent(self, message, *downgraded) -> bytes:
         """A finished message as it leaves, to a path without SMTPUTF8 and 8BITMIME where `downgraded` says so."""
@@ -3304,9 +3263,8 @@ class RawMessages(Quiet):
 
     def test_what_it_says_itself_stays(self):
         head = "Received: x\nMessage-ID: <a@b>\nDate: Fri, 3 Jan 2014 18:35:58 +0900\nFrom: a@example.org\n"
-        head += "X-Odd:  y  \nSubject: " + "s " * 60 + "\nMIME-Version: 1.0\n"
-        head += "Content-Type: multipart/mixed; boundary=XX\n\n"
-        body = "--XX\nContent-Type: text/plain\n\nFrom a\n\n--XX--\n"
+        head += "X-Odd:  y  \nSubject: " + "s " * 60 + "\n" + self.MIXED
+        body = "--b\nContent-Type: text/plain\n\nFrom a\n\n--b--\n"
         for form in (head + body, (head + body).replace("\n", "\r\n"), (head + body).encode()):
             octets = self.sent(form)
             for line in head.split("\n")[:-2]:
@@ -3331,12 +3289,10 @@ class RawMessages(Quiet):
     def test_in_seven_bits(self):
         """What is said to a server that knows ASCII only is what was given."""
         head = "From: 猫 <a@example.org>\nTo: =?UTF-8?B?54yr?= <b@example.jp>\nSubject: 謹賀新年\nX-A: b\n"
-        head += "MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=XX\n\n"
         text = "Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n猫\n"
-        part = (
-            'Content-Type: application/pdf; name="猫.pdf"\nContent-Disposition: attachment; filename="猫.pdf"\n\n%PDF\n'
-        )
-        found = haineko.downgrade_8bit(f"{head}--XX\n{text}--XX\n{part}--XX--\n".replace("\n", "\r\n").encode())
+        part = 'Content-Type: a/pdf; name="猫.pdf"\nContent-Disposition: attachment; filename="猫.pdf"\n\n%PDF\n'
+        octets = f"{head}{self.MIXED}--b\n{text}--b\n{part}--b--\n".replace("\n", "\r\n").encode()
+        found = haineko.downgrade_8bit(octets)
         self.assertTrue(found.isascii())
         message = parsed(found)
         shown = [message[name] for name in ("from", "to", "subject", "x-a")]
@@ -3348,11 +3304,8 @@ class RawMessages(Quiet):
             self.assertFalse(haineko.downgrade_8bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
 
     def test_what_a_path_can_carry_stays(self):
-        mime = (
-            b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
-        )
-        parts = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
-        parts += b"for nobody\r\n--b\r\n\r\nx  \r\n--b \r\n"
+        mime = b"Content-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
+        parts = (self.MIXED + "for nobody\n--b\n\nx  \n--b \n").replace("\n", "\r\n").encode()
         for message in (
             b"\r\n" + b"a" * 79 + b"\r\n", b"\r\n\f" + b"a" * 997 + b"\r\n", b'\r\n\x1b$B$"$$\x1b(B\r\n',
             mime + b"\r\nGr\xfc\xdfe\r\n", parts + b"Content-Type : image/png\r\n\r\n\x89\r\n--b--\r\n\r\n",
@@ -3374,16 +3327,16 @@ class RawMessages(Quiet):
         for field, wanted in (
             ("Content-Type: text/plain; name=café.txt; x=y", "text/plain;\r\n name*=UTF-8''caf%C3%A9.txt; x=y"),
             ('Content-Disposition: attachment; filename="é\\".txt"; size=1',
-              "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
+                "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
             ("Content-Type: a/b; x=é; y=é", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
             ("Content-Type: a/b; x*=UTF-8''a%20é; y=z", "a/b; x*=UTF-8''a%20%C3%A9; y=z"),
             ("Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)",
-              "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
+                "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
             ("Received: from a (é [192.0.2.1]) by b; x", "from a (=?UTF-8?B?w6kgWzE5Mi4wLjIuMV0=?=) by b; x"),
             ("Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=", "=?UTF-8?Q?a?= =?UTF-8?B?IMOpIA==?= =?UTF-8?Q?b?="),
             ("Cc: é:;", "=?UTF-8?B?w6k=?= :;"),
             ('Cc: "é ü": a@x.jp, ö <b@x.jp> (ä), c@x.jp;',
-              "=?UTF-8?B?w6kgw7w=?= : a@x.jp, =?UTF-8?B?w7Y=?= <b@x.jp>\r\n (=?UTF-8?B?w6Q=?=), c@x.jp;"),
+                "=?UTF-8?B?w6kgw7w=?= : a@x.jp, =?UTF-8?B?w7Y=?= <b@x.jp>\r\n (=?UTF-8?B?w6Q=?=), c@x.jp;"),
             ("Reply-To: é <a@example.jp>", "=?UTF-8?B?w6k=?= <a@example.jp>"),
             ("X-A: a é".encode("latin-1"), "=?unknown-8bit?B?YSDp?="),
             ("Cc: é <b@x.jp> (ü)".encode("latin-1"), "=?unknown-8bit?B?6Q==?= <b@x.jp> (=?unknown-8bit?B?/A==?=)"),
@@ -3470,13 +3423,13 @@ class RawMessages(Quiet):
 class Row:
     """A row of the table of refusals: a fault made in a submission, in what carries it or in the settings."""
 
-    def __init__(self, what: str, wanted: tuple, http=None, force=None, **change):
-        self.what, self.wanted = what, wanted
+    def __init__(self, wanted: tuple, http=None, force=None, **change):
+        self.wanted = wanted
         self.parts = [change, change.pop("header", {}), force or {}, http or {}]
 
     def with_(self, later: Row) -> Row:
         """Both faults at once; this one is told."""
-        both = Row(f"{self.what} + {later.what}", self.wanted)
+        both = Row(self.wanted)
         both.parts = [{**theirs, **own} for own, theirs in zip(self.parts, later.parts)]
         return both
 
@@ -3497,6 +3450,7 @@ class Row:
 
 MALFORMED = (400, "421", None, "HTTP", "Malformed JSON string")
 INVALID = (400, "554", "5.6.0", "HTTP", "Invalid submission")
+NO_QUEUE = (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings')
 LOOP = (400, "421", "5.4.6", "CONN", "Detected message loop")
 EHLO = (400, "501", "5.0.0", "EHLO", "Invalid domain name")
 MAIL_EMPTY = (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"')
@@ -3513,61 +3467,44 @@ LONG_LINE = "Content-Type: multipart/mixed; boundary=XX\n\n--XX\nX-Long: " + "x"
 PASSED = [f"r{i}.example" for i in range(26)]
 # In the order in which faults are told; of one fault, several forms.
 REFUSALS = [
-    [Row("unknown path", (404, "421", None, "HTTP", "Not found"), http={"path": "/submitt"})],
-    [Row(f"method {method}", (405, "421", None, "HTTP", f"{method} method not supported"), http={"method": method})
+    [Row((404, "421", None, "HTTP", "Not found"), http={"path": "/submitt"})],
+    [Row((405, "421", None, "HTTP", f"{method} method not supported"), http={"method": method})
      for method in ("GET", "PUT", "DELETE", "PATCH", "TRACE", "post")],
-    [Row("no login", (401, "535", "5.7.0", "AUTH", "authentication failed"),
-         force={"password": {"kijitora": SettingsFile.KIJITORA}})],
-    [Row("client", (403, "500", "5.7.1", "AUTH", "Access denied"), http={"client": "192.0.2.1"})],
+    [Row((401, "535", "5.7.0", "AUTH", "authentication failed"), force={"password": {"a": SettingsFile.KIJITORA}})],
+    [Row((403, "500", "5.7.1", "AUTH", "Access denied"), http={"client": "192.0.2.1"})],
     [
-        *[Row(f"{octets[:20]!r}", MALFORMED, raw=octets)
-          for octets in (b"mail=a@example.jp", b" ", b'{"body": "\xff"}', b"[" * 100000, b'{"body": NaN}')],
-        *[Row(f"{octets!r}", INVALID, raw=octets)
-          for octets in (b"[]", b'{"body": "a", "body": "a"}', b'{"body": "\\ud800"}')],
-        Row("an unknown key", INVALID, replyto="a@example.jp"),
-        Row("an unknown key of header", INVALID, header={"xmailer": "a"}),
-        Row("a wrong type", INVALID, body=1), Row("an unknown charset", INVALID, header={"charset": "klingon"}),
-        Row("LF in the subject", INVALID, header={"subject": "a\nX-Evil: b"}),
-        Row("NUL in From", INVALID, header={"from": "a\0 <a@example.jp>"}),
-        Row("a domain of two readings in Bcc", INVALID, rcpt=None, header={"bcc": "a@straße.de"}),
-        Row("CR in Reply-To", INVALID, header={"replyto": "a\r <a@example.jp>"}),
+        Row(MALFORMED, raw=b"mail=a@example.jp"), Row(MALFORMED, raw=b"[" * 100000), Row(INVALID, raw=b"[]"),
+        Row(INVALID, raw=b'{"body": "\\ud800"}'), Row(INVALID, replyto="a@example.jp"), Row(INVALID, body=1),
+        Row(INVALID, rcpt=None, header={"bcc": "a@straße.de"}), *[Row(NO_QUEUE, send_at=at) for at in (int(NOW), 0)],
+        Row(INVALID, header={"replyto": "a\r <a@example.jp>"}),
     ],
     [
-        Row("own name in the loop", LOOP, header={"x-haineko-loop": ["a.example", "RELAY.example.org"]}),
-        *[Row("loop of a finished message", LOOP, raw=as_body(finished(f"X-Haineko-Loop: {names}\n\nx", rcpt="a@b.jp")))
+        Row(LOOP, header={"x-haineko-loop": ["a.example", "RELAY.example.org"]}),
+        *[Row(LOOP, raw=as_body(finished(f"X-Haineko-Loop: {names}\n\nx", rcpt="a@b.jp")))
           for names in (NAME, ", ".join(PASSED))],
-        Row("26 names in the loop", LOOP, header={"x-haineko-loop": PASSED}),
+        Row(LOOP, header={"x-haineko-loop": PASSED}),
     ],
-    [Row(f"ehlo {name!r}", EHLO, ehlo=name)
+    [Row(EHLO, ehlo=name)
      for name in ("", "a b", "-a", "a_é", "a..b", "[127.0.0.1", "[1.2.3]", "[IPv6:g]", "[::1]", "::1", "a\r\nb", "a.",
                   "[IPv6:fe80::1%\r\nX-Evil: 1]", "[IPv6:fe80::1%eth0]", "a" * 256, "x\0")],
-    [Row("mail empty", MAIL_EMPTY, mail=""), Row("mail null", MAIL_EMPTY, mail=None)],
-    [Row(f"mail {text!r}", MAIL_FORM, mail=text)
+    [Row(MAIL_EMPTY, mail=""), Row(MAIL_EMPTY, mail=None)],
+    [Row(MAIL_FORM, mail=text)
      for text in ("kijitora", " ", "a@example.jp\r\nRCPT TO:<b@example.jp>", "a@faß.de", "A <a@example.jp>")],
-    [*[Row(f"rcpt {value!r}", RCPT_NONE, rcpt=value) for value in ([], "", [""])],
-     Row("rcpt [], and To", RCPT_NONE, rcpt=[], header={"to": "a@b.jp"}), Row("no rcpt", RCPT_NONE, rcpt=None)],
-    [
-        Row("five recipients", RCPT_MANY, rcpt=[f"r{i}@example.jp" for i in range(5)]),
-        Row("five that are none", RCPT_MANY, rcpt=["a", "b", "c", "d", "e"]),
-        Row("two of one", RCPT_MANY, rcpt=["a@a.jp", "b@a.jp"], force={"smtpd": {"max_rcpts_per_message": 1}}),
-    ],
-    [Row(f"rcpt {text!r}", RCPT_FORM, rcpt=[text])
+    [*[Row(RCPT_NONE, rcpt=value) for value in ([], "", [""])], Row(RCPT_NONE, rcpt=[], header={"to": "a@b.jp"}),
+     Row(RCPT_NONE, rcpt=None)],
+    [*[Row(RCPT_MANY, rcpt=list(names)) for names in ([f"r{i}@example.jp" for i in range(5)], "abcde")],
+     Row(RCPT_MANY, rcpt=["a@a.jp", "b@a.jp"], force={"smtpd": {"max_rcpts_per_message": 1}})],
+    [Row(RCPT_FORM, rcpt=[text])
      for text in ("mikeneko", "a@example.jp,b@example.jp", "a@example.jp\nX: y", "a\0", "<a@example.jp>")],
-    [
-        Row("rcpt not permitted", RCPT_POLICY, rcpt=["a@example.jp"], force={"recipients": {"domainpart": ["a.jp"]}}),
-        Row("rcpt elsewhere", RCPT_POLICY, rcpt=["neko@a.jp"], force={"recipients": {"recipients": ["a@a.jp"]}}),
-        Row("no section recipients", RCPT_POLICY, rcpt=["neko@example.jp"], force={"recipients": None}),
-    ],
-    [Row("body empty", BODY_EMPTY, body=""), Row("HTML empty", BODY_EMPTY, body=None, html=""),
-     Row("a file alone", BODY_EMPTY, body=None, attachments=[file()]), Row("body null", BODY_EMPTY, body=None)],
-    [Row("a line that nothing can shorten", LINE_LONG, raw=as_body(finished(LONG_LINE, rcpt="a@example.jp")))],
-    [
-        Row("a body too big", TOO_BIG, body="x" * 2000, force={"smtpd": {"hostname": NAME, "max_message_size": 1000}}),
-        Row("a message too big", TOO_BIG, force={"smtpd": {"hostname": NAME, "max_message_size": 100}}),
-    ],
-    [Row("subject empty", SUBJECT_EMPTY, header={"subject": ""}),
-     Row("subject of HTML", SUBJECT_EMPTY, html="x", header={"subject": ""}),
-     Row("subject null", SUBJECT_EMPTY, header={"subject": None})],
+    [Row(RCPT_POLICY, rcpt=["neko@a.jp"], force={"recipients": section})
+     for section in ({"domainpart": ["b.jp"]}, {"recipients": ["a@a.jp"]}, None)],
+    [Row(BODY_EMPTY, body=""), Row(BODY_EMPTY, body=None, html=""), Row(BODY_EMPTY, body=None, attachments=[file()]),
+     Row(BODY_EMPTY, body=None)],
+    [Row(LINE_LONG, raw=as_body(finished(LONG_LINE, rcpt="a@example.jp")))],
+    [Row(TOO_BIG, body="x" * 2000, force={"smtpd": {"hostname": NAME, "max_message_size": 1000}}),
+     Row(TOO_BIG, force={"smtpd": {"hostname": NAME, "max_message_size": 100}})],
+    [Row(SUBJECT_EMPTY, header={"subject": ""}), Row(SUBJECT_EMPTY, html="x", header={"subject": ""}),
+     Row(SUBJECT_EMPTY, header={"subject": None})],
 ]  # fmt: skip
 ITEM = {"rcpt", "error", "code", "dsn", "command", "message", "mailer", "host", "port"}
 
@@ -3594,7 +3531,7 @@ class Policy(Quiet):
 
     def test_every_refusal(self):
         for row in itertools.chain(*REFUSALS):
-            with self.subTest(row.what):
+            with self.subTest(str(row.parts)[:300]):
                 self.check(row)
 
     def test_our_own_fault(self):
@@ -3613,7 +3550,7 @@ class Policy(Quiet):
         for earlier, later in itertools.combinations(REFUSALS, 2):
             pairs = [(one, two) for one in earlier for two in later if one.agrees_with(two)]
             for one, two in pairs[:1] + pairs[-1:]:
-                with self.subTest(one.what, and_=two.what):
+                with self.subTest(str(one.parts)[:150], and_=str(two.parts)[:150]):
                     count += 1
                     self.check(one.with_(two))
         self.assertGreater(count, 150)
@@ -3671,8 +3608,8 @@ class Policy(Quiet):
     def test_what_passes(self):
         many = [f"r{i}@example.jp" for i in range(40)]
         for submission, smtpd in (
-            *[(document(ehlo=name), {})
-              for name in ("localhost", "[192.0.2.1]", "[IPv6:2001:db8::1]", "192.0.2.1", None)],
+            *[(document(ehlo=name), {}) for name in (
+                "localhost", "[192.0.2.1]", "[IPv6:2001:db8::1]", "192.0.2.1", None)],
             (document(header={"x-haineko-loop": PASSED[:25]}), {}),
             (finished("X-Haineko-Loop: r1\n\nx", rcpt="a@b.jp"), {}),
             (document(rcpt=many), {"max_rcpts_per_message": 0}), (document(rcpt=many[:4]), {}),
@@ -3704,6 +3641,7 @@ class Policy(Quiet):
             (document(mail="A <a@x.jp>"), {}, 'expected a bare address, got "A <a@x.jp>"; did you mean "a@x.jp"?'),
             (document(mail="a"), {}, 'expected a bare address like "user@example.org"'),
             (document(header={"x-mc-tags": "a"}), {}, "X-Mc-Tags: the route must have provider_headers to send it"),
+            (document(send_at=int(NOW) + 30 * 86400 + 2), {}, "send_at: expected a time at most 30 days ahead"),
             (document(rcpt=None), {}, "rcpt is required"),
             (document(ehlo="a b"), {}, "ehlo: expected a domain or an address literal"),
             (document(), {"recipients": {}}, "neither recipients.domainpart nor recipients.recipients has it"),
@@ -3711,7 +3649,7 @@ class Policy(Quiet):
             (finished("", rcpt="b@example.jp"), {}, "raw: it has no header fields"),
             (document(header={"subject": ""}), {}, "header.subject is required"),
             (document(), {"smtpd": {"hostname": NAME, "max_message_size": 99}},
-              " octets exceed smtpd.max_message_size (99)"),
+                " octets exceed smtpd.max_message_size (99)"),
         ):  # fmt: skip
             with self.subTest(line):
                 self.logged()
@@ -3729,7 +3667,7 @@ class Policy(Quiet):
             ("/submit", {}, {"via": "1.1 nginx"}, 403, untrusted),
             ("/submit", {}, {"X-Real-IP": "127.0.0.1"}, 403, untrusted),
             ("/submit", {"relayhosts": {"relayhosts": ["192.0.2.0/24"]}}, client, 403,
-              "127.0.0.1 is not in relayhosts"),
+                "127.0.0.1 is not in relayhosts"),
             ("/submit", {"relayhosts": {"open-relay": 1}}, client, 200, ""),
             ("/submit", trusting, {"Via": "1.1 nginx"}, 403, "Via from 127.0.0.1 without X-Forwarded-For"),
             ("/submit", trusting, client, 403, "192.0.2.7 is not in relayhosts.relayhosts"), ("/conf", {}, {}, 200, ""),
@@ -11860,37 +11798,28 @@ def basic(login: str) -> str:
 class KeysAndFences(Quiet):
     """Who may send as whom. A section or fence is absent, empty, or permits everything."""
 
-    EMPTY, OPEN, ABSENT = (), "open", None
-
     def answer(self, force: haineko.Settings, *lines: str, client: str = "127.0.0.1", **changes) -> tuple:
         """(status, first item of the response)."""
         status, found = over_http(post(document(**changes), *lines), force, client)
         return status, found["response"][0]
 
     def test_relayhosts_password_fences_and_recipients(self):
-        relayhosts = {self.ABSENT: None, self.EMPTY: {"relayhosts": []}, self.OPEN: {"open-relay": True}}
-        recipients = {self.ABSENT: None, self.EMPTY: {}, self.OPEN: {"open-relay": True}}
-        fences = {self.ABSENT: None, self.EMPTY: [], self.OPEN: ["example.org", "example.jp"]}
+        opened, fence = {"open-relay": True}, ["example.org", "example.jp"]
         for hosts, rcpt, password, senders, to, client in itertools.product(
-            relayhosts, recipients, ("absent", "empty", "wrong", "right"), fences, fences, ("127.0.0.1", "192.0.2.1")
-        ):
-            login = {"senders": fences[senders], "recipients": fences[to]}
-            sections = {"relayhosts": relayhosts[hosts], "recipients": recipients[rcpt]}
-            sections["password"] = {"absent": None, "empty": {}}.get(password, {"k": key_login("hk_1", **login)})
+            (None, {"relayhosts": []}, opened), (None, {}, opened), ("absent", "empty", "wrong", "right"),
+            (None, [], fence), (None, [], fence), ("127.0.0.1", "192.0.2.1"),
+        ):  # fmt: skip
+            login = {"k": key_login("hk_1", senders=senders, recipients=to)}
+            sections = {"relayhosts": hosts, "recipients": rcpt}
+            sections["password"] = {"absent": None, "empty": {}}.get(password, login)
             with self.subTest(hosts=hosts, rcpt=rcpt, password=password, senders=senders, to=to, client=client):
-                known = client == "127.0.0.1" if hosts is self.ABSENT else hosts is self.OPEN
+                known = hosts is opened if hosts else client == "127.0.0.1"
                 logged_in = password in ("wrong", "right")
-                wanted = 200 if rcpt is self.OPEN else 400
-                if logged_in and to is self.EMPTY:
-                    wanted = 400
-                if logged_in and senders is self.EMPTY:
-                    wanted = 403
-                if password == "wrong":
-                    wanted = 401
-                elif not logged_in and not known:
-                    wanted = 403
+                wanted = [status for refused, status in (
+                    (password == "wrong", 401), (not logged_in and not known, 403), (logged_in and senders == [], 403),
+                    (rcpt is not opened or (logged_in and to == []), 400), (True, 200)) if refused]  # fmt: skip
                 line = bearer("hk_2" if password == "wrong" else "hk_1")
-                self.assertEqual(self.answer(settings(**sections), line, client=client)[0], wanted)
+                self.assertEqual(self.answer(settings(**sections), line, client=client)[0], wanted[0])
 
     def test_how_a_login_is_given(self):
         key = haineko.new_key("hk_")
@@ -11920,26 +11849,23 @@ class KeysAndFences(Quiet):
 
     def test_senders(self):
         force = settings(password={"k": key_login("hk_1", senders=["a@example.org", "Example.JP", ".example.net"])})
-        raw = "From: {}\nTo: b@example.jp\nSubject: x\n\nx\n".format
-        for mail, author, raw_message, refused in (
-            ("a@example.org", None, None, ""), ("A@Example.org", None, None, ""), ("b@example.org", None, None, "b@"),
-            ("x@example.jp", None, None, ""), ("x@sub.example.jp", None, None, "x@"),
-            ("x@a.b.example.net", None, None, ""), ("x@example.net", None, None, "x@"),
-            ("x@notexample.jp", None, None, "x@"), ("x@example.jp", "A <a@example.org>", None, ""),
-            ("x@example.jp", "B <b@example.org>", None, "b@"),
-            ("x@example.jp", "a@example.org, b@example.org", None, "b@"),
-            ("b@example.org", "a@example.org", None, "b@"),
-            ("x@example.jp", "a@example.org <b@example.org>", None, "b@"),
-            *[("x@example.jp", None, raw(author), refused) for author,
-              refused in (("a@example.org", ""), ("B <b@example.org>", "b@"),
-              ("a@example.org\nSender: b@example.org", "b@"), ("a@example.org\nFrom: b@example.org", "b@"),
-              ("a@example.org,\n b@example.org", "b@"), ("nobody", "a From or Sender"), ("g:;", "a From or Sender"))],
-            ("x@example.jp", None, "To: b@example.jp\n\nx\n", ""),
+        for given, refused in (
+            *[(document(mail=mail, header={"from": None}), refused) for mail, refused in (
+                ("a@example.org", ""), ("A@Example.org", ""), ("b@example.org", "b@"), ("x@example.jp", ""),
+                ("x@sub.example.jp", "x@"), ("x@a.b.example.net", ""), ("x@example.net", "x@"),
+                ("x@notexample.jp", "x@"))],
+            *[(document(mail=mail, header={"from": author}), refused) for mail, author, refused in (
+                ("x@example.jp", "A <a@example.org>", ""), ("x@example.jp", "B <b@example.org>", "b@"),
+                ("x@example.jp", "a@example.org, b@example.org", "b@"), ("b@example.org", "a@example.org", "b@"),
+                ("x@example.jp", "a@example.org <b@example.org>", "b@"))],
+            *[({"mail": "x@example.jp", "rcpt": ["m@example.jp"], "raw": f"{author}To: b@example.jp\n\nx\n"}, refused)
+                for author, refused in (
+                ("From: a@example.org\n", ""), ("From: B <b@example.org>\n", "b@"),
+                ("From: a@example.org\nSender: b@example.org\n", "b@"),
+                ("From: a@example.org\nFrom: b@example.org\n", "b@"), ("From: a@example.org,\n b@example.org\n", "b@"),
+                ("From: nobody\n", "a From or Sender"), ("From: g:;\n", "a From or Sender"), ("", ""))],
         ):  # fmt: skip
-            with self.subTest(mail=mail, author=author, raw=raw_message):
-                given = document(mail=mail, header={"from": author})
-                if raw_message:
-                    given = {"mail": mail, "rcpt": ["m@example.jp"], "raw": raw_message}
+            with self.subTest(given):
                 status, found = over_http(post(given, bearer("hk_1")), force)
                 item = found["response"][0]
                 if not refused:
