@@ -2894,32 +2894,30 @@ def finished(message, **more) -> dict:
 
 
 FIELD_FAULTS = [
-    ("subject", 1, "expected a string, got a number"), ("subject", "a\nb", "has a CR, LF or NUL"),
-    ("from", "nobody", 'expected "name <address>", got "nobody"'),
-    ("replyto", "a b c", 'expected "name <address>", got "a b c"'), ("replyto", "a\r <a@x>", "has a CR, LF or NUL"),
-    ("from", "a\0 <a@x>", "has a CR, LF or NUL"),
+    *[(key, 1, "expected a string, got a number") for key in ("subject", "x-a", "in-reply-to")],
+    ("x-haineko-loop[0]", [1], "expected a string, got a number"), ("cc[1]", ["a@x", 1], "expected a string"),
+    *[(key, {"a": 1}, "expected a string, got an object") for key in ("x-a", "bcc")],
+    *[(key, text, "has a CR, LF or NUL") for key, text in (
+        ("subject", "a\nb"), ("replyto", "a\r <a@x>"), ("from", "a\0 <a@x>"), ("from", "A <a@x>\r\nBcc: b@x"),
+        ("organization", "a\nb"))],
+    ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"), ("precedence", "bulk\0", "has an unprintable character"),
+    *[(key, text, f'expected "name <address>", got "{text}"') for key, text in (
+        ("from", "nobody"), ("replyto", "a b c"), ("reply_to", "a"), ("to", "a"),
+        ("disposition-notification-to", "a"))],
+    ("to", "a@straße.de", 'expected "name <address>", got "a@straße.de"; U+00DF has two readings in a domain'),
     ("charset", "UTF-9", 'expected a charset that mail readers know, like "UTF-8", got "UTF-9"'),
     ("x-haineko-loop", "a b", '"a b" is no name of a Haineko'),
-    ("x-haineko-loop[0]", [1], "expected a string, got a number"),
-    ("html", "a", "unknown key; did you mean html, outside of header?"),
-    ("reply_too", "a", 'unknown key; did you mean "replyto"?'),
-    ("Subjekt", "a", 'unknown key; did you mean "subject"?'), ("reply_to", "a", 'expected "name <address>", got "a"'),
-    ("to", "a", 'expected "name <address>"'), ("cc[1]", ["a@example.jp", 1], "expected a string"),
-    ("to", "a@straße.de", 'expected "name <address>", got "a@straße.de"; U+00DF has two readings in a domain'),
-    ("from", "A <a@x>\r\nBcc: b@x", "has a CR, LF or NUL"), ("bcc", {"a": 1}, "expected a string, got an object"),
+    *[(key, "a", f"unknown key; did you mean {meant}?") for key, meant in (
+        ("html", "html, outside of header"), ("reply_too", '"replyto"'), ("Subjekt", '"subject"'),
+        ("organisation", '"organization"'))],
     *[(key, text, 'expected "<left@right>"') for key, text in (
         ("message-id", "a@b"), ("Message_ID", "<a b@c>"), ("message-id", "<a@b> <c@d>"))],
-    ("references[1]", ["<a@b>", "c"], 'expected "<left@right>'), ("in-reply-to", 1, "expected a string"),
+    ("references[1]", ["<a@b>", "c"], 'expected "<left@right>'),
     *[("date", text, "expected a date like") for text in ("2014-01-03", "Fri, 31 Feb 2014 18:35:58 +0900")],
     ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has an unprintable character"),
-    ("importance", "urgent", "expected high or normal or low"), ("auto-submitted", "猫", "expected printable ASCII"),
-    ("List-Unsubscribe", "<https://x/猫>", "expected printable ASCII"),
-    ("precedence", "bulk\0", "has an unprintable character"), ("organization", "a\nb", "has a CR, LF or NUL"),
-    ("x-a", 1, "expected a string, got a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
-    ("x-a", {"b": 1}, "expected a string, got an object"),
-    ("disposition-notification-to", "a", 'expected "name <address>"'), ("resent-to", "a@example.jp", "unknown key"),
-    *[(key, "a", "unknown key") for key in ("x-", "x-a b", "x-a:", "x-" + "a" * 73, "X-猫", "mail")],
-    ("organisation", "a", 'unknown key; did you mean "organization"?'),
+    ("importance", "urgent", "expected high or normal or low"),
+    *[(key, "猫", "expected printable ASCII") for key in ("auto-submitted", "List-Unsubscribe")],
+    *[(key, "a", "unknown key") for key in ("x-", "x-a b", "x-a:", "x-" + "a" * 73, "X-猫", "mail", "resent-to")],
     *[(key, "a", "Haineko makes this field itself") for key in (
         "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
         "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
@@ -3084,15 +3082,15 @@ class Submissions(Quiet):
 
     def test_what_is_no_json(self):
         for body, words in (
-            (b"", ("line 1 column 1", "the body is empty")), (b'{\n "a": }', ("line 2 column 7",)),
-            (b"mail=a%40x&rcpt=b", ("line 1", "form data")),
-            (b'--b\r\nContent-Disposition: form-data; name="a"', ("form data",)), (b"\xff", ("UTF-8",)),
-            (b"[" * 100000, ("deep",)), (b'{"a": NaN}', ("NaN",)),
+            (b"", "line 1 column 1|the body is empty"), (b'{\n "a": }', "line 2 column 7"), (b"\xff", "UTF-8"),
+            (b"mail=a%40x&rcpt=b", "line 1|form data"),
+            (b'--b\r\nContent-Disposition: form-data; name="a"', "form data"), (b"[" * 100000, "deep"),
+            (b'{"a": NaN}', "NaN"),
         ):  # fmt: skip
             with self.subTest(body[:20]):
                 found = haineko.parse_submission(body)
                 self.assertEqual((found.submission, found.is_json, len(found.errors)), (None, False, 1))
-                for word in words:
+                for word in words.split("|"):
                     self.assertIn(word, found.errors[0])
         for body in (b"[]", b'{"a": 1}', b'{"a": 1, "a": 1}', as_body({"mail": 1, "rcpt": 2})):
             self.assertTrue(haineko.parse_submission(body).is_json)
@@ -3189,23 +3187,22 @@ class Submissions(Quiet):
             self.assertEqual([line.lower() for line in lines], wanted)
 
     def test_names_of_charsets(self):
-        for name, wanted in (
-            ("UTF-8", "UTF-8"), ("utf8", "UTF-8"), ("U8", "UTF-8"), ("iso-2022-jp", "ISO-2022-JP"),
-            ("csISO2022JP", "ISO-2022-JP"), ("ISO-8859-1", "ISO-8859-1"), ("latin1", "ISO-8859-1"),
-            ("us-ascii", "US-ASCII"), ("ASCII", "US-ASCII"), ("ISO-8859-15", "ISO-8859-15"),
-            ("windows-1252", "windows-1252"), ("cp1252", "windows-1252"), ("Shift_JIS", "Shift_JIS"),
-            ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "GB18030"), ("Big5", "Big5"),
-            ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"), ("big5-hkscs", "Big5-HKSCS"), ("iso2022_kr", "ISO-2022-KR"),
-            ("macintosh", "macintosh"), ("mac_roman", "macintosh"), ("kz_1048", "KZ-1048"),
-            ("iso-2022-jp-2", "ISO-2022-JP-2"), ("cp437", "IBM437"), ("latin9", "ISO-8859-15"), ("cp950", "Big5"),
-            *[(name, "") for name in (
-                "", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1", "iso-2022-jp-3",
-                "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004", "base64", "hex", "zlib",
-                "hz", "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "utf-8\r\nX: y", "utf-8\0",
-                "utf 8", "ねこ", "../utf8", "a" * 1000)],
+        for wanted, names in (
+            ("UTF-8", "UTF-8|utf8|U8"), ("ISO-2022-JP", "iso-2022-jp|csISO2022JP"), ("ISO-8859-1", "ISO-8859-1|latin1"),
+            ("US-ASCII", "us-ascii|ASCII"), ("ISO-8859-15", "ISO-8859-15|latin9"),
+            ("windows-1252", "windows-1252|cp1252"), ("Shift_JIS", "Shift_JIS"), ("Windows-31J", "cp932"),
+            ("EUC-JP", "EUC-JP"), ("GB18030", "gb18030"), ("Big5", "Big5|cp950"), ("KOI8-R", "KOI8-R"),
+            ("EUC-KR", "EUC-KR"), ("Big5-HKSCS", "big5-hkscs"), ("ISO-2022-KR", "iso2022_kr"),
+            ("macintosh", "macintosh|mac_roman"), ("KZ-1048", "kz_1048"), ("ISO-2022-JP-2", "iso-2022-jp-2"),
+            ("IBM437", "cp437"),
+            ("", "|x|UTF-16|utf-7|utf-8-sig|idna|punycode|rot13|iso-2022-jp-1|iso-2022-jp-3|iso-2022-jp-ext|mac_greek"),
+            ("",
+                "johab|cp1125|koi8-t|shift_jis_2004|base64|hex|zlib|hz|cp037|undefined|unicode_escape|raw_unicode_escape"),
+            ("", "mbcs|utf-8\r\nX: y|utf-8\0|utf 8|ねこ|../utf8|" + "a" * 1000),
         ):  # fmt: skip
-            with self.subTest(name):
-                self.assertEqual(haineko.iana_charset(name), wanted)
+            for name in names.split("|"):
+                with self.subTest(name):
+                    self.assertEqual(haineko.iana_charset(name), wanted)
 
     def test_every_charset_of_python_that_is_taken_can_be_written(self):
         import encodings.aliases
@@ -3448,6 +3445,8 @@ class Row:
         return over_http(head.encode() + body, settings(**force), http["client"])
 
 
+NO_LOGIN = (401, "535", "5.7.0", "AUTH", "authentication failed")
+NO_ACCESS = (403, "500", "5.7.1", "AUTH", "Access denied")
 MALFORMED = (400, "421", None, "HTTP", "Malformed JSON string")
 INVALID = (400, "554", "5.6.0", "HTTP", "Invalid submission")
 NO_QUEUE = (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings')
@@ -3470,8 +3469,10 @@ REFUSALS = [
     [Row((404, "421", None, "HTTP", "Not found"), http={"path": "/submitt"})],
     [Row((405, "421", None, "HTTP", f"{method} method not supported"), http={"method": method})
      for method in ("GET", "PUT", "DELETE", "PATCH", "TRACE", "post")],
-    [Row((401, "535", "5.7.0", "AUTH", "authentication failed"), force={"password": {"a": SettingsFile.KIJITORA}})],
-    [Row((403, "500", "5.7.1", "AUTH", "Access denied"), http={"client": "192.0.2.1"})],
+    [Row(NO_LOGIN, force={"password": {"a": SettingsFile.KIJITORA}, **force})
+     for force in ({}, {"relayhosts": {"open-relay": 1}})],
+    [*[Row(NO_ACCESS, http={"client": client}) for client in ("192.0.2.1", "127.0.0.2")],
+     Row(NO_ACCESS, force={"relayhosts": {"relayhosts": ["192.0.2.0/24"]}})],
     [
         Row(MALFORMED, raw=b"mail=a@example.jp"), Row(MALFORMED, raw=b"[" * 100000), Row(INVALID, raw=b"[]"),
         Row(INVALID, raw=b'{"body": "\\ud800"}'), Row(INVALID, replyto="a@example.jp"), Row(INVALID, body=1),
@@ -3607,29 +3608,22 @@ class Policy(Quiet):
 
     def test_what_passes(self):
         many = [f"r{i}@example.jp" for i in range(40)]
-        for submission, smtpd in (
+        networks = {"relayhosts": {"relayhosts": ["192.0.2.0/24", "2001:db8::/32"]}}
+        for submission, force, *client in (
             *[(document(ehlo=name), {}) for name in (
                 "localhost", "[192.0.2.1]", "[IPv6:2001:db8::1]", "192.0.2.1", None)],
             (document(header={"x-haineko-loop": PASSED[:25]}), {}),
             (finished("X-Haineko-Loop: r1\n\nx", rcpt="a@b.jp"), {}),
-            (document(rcpt=many), {"max_rcpts_per_message": 0}), (document(rcpt=many[:4]), {}),
-            (document(body="x" * 100000), {"max_message_size": 0}), (document(body="\n"), {}),
-            (document(mail='"a b"@example.jp', rcpt=['"c\\"d"@example.jp']), {}),
-            (document(mail="a@例え.jp", rcpt=["b@例え.jp"]), {}),
+            (document(rcpt=many), {"smtpd": {"hostname": NAME, "max_rcpts_per_message": 0}}),
+            (document(rcpt=many[:4]), {}),
+            (document(body="x" * 100000), {"smtpd": {"hostname": NAME, "max_message_size": 0}}),
+            (document(body="\n"), {}), (document(mail='"a b"@example.jp', rcpt=['"c\\"d"@example.jp']), {}),
+            (document(mail="a@例え.jp", rcpt=["b@例え.jp"]), {}), (document(), {}, "::1"),
+            (document(), {}, "::ffff:127.0.0.1"), (document(), networks, "192.0.2.200"),
+            (document(), networks, "2001:db8:1::1"),
         ):  # fmt: skip
-            with self.subTest(str(submission)[:200], **smtpd):
-                self.assertEqual(posted(submission, settings(smtpd={"hostname": NAME, **smtpd}))[0], 200)
-
-    def test_who_may_post(self):
-        networks = {"relayhosts": {"relayhosts": ["192.0.2.0/24", "2001:db8::/32"]}}
-        login = {"password": {"kijitora": SettingsFile.KIJITORA}}
-        for client, force, status in (
-            ("::1", {}, 200), ("::ffff:127.0.0.1", {}, 200), ("127.0.0.2", {}, 403), ("192.0.2.200", networks, 200),
-            ("2001:db8:1::1", networks, 200), ("127.0.0.1", networks, 403),
-            ("127.0.0.1", {**login, "relayhosts": {"open-relay": 1}}, 401),
-        ):  # fmt: skip
-            with self.subTest(client, **force):
-                self.assertEqual(over_http(post(), settings(**force), client)[0], status)
+            with self.subTest(str(submission)[:200], force=force, client=client):
+                self.assertEqual(posted(submission, settings(**force), *client)[0], 200)
 
     def test_a_refusal_names_the_limit_or_the_setting(self):
         many = [f"r{i}@example.jp" for i in range(5)]
@@ -11912,9 +11906,7 @@ class KeysAndFences(Quiet):
             with self.subTest(login):
                 errors: list = []
                 haineko.from_dict(haineko.Settings, {"password": {"k": login}}, "", errors)
-                self.assertEqual(
-                    [error[: len(f"password.k{wanted}")] for error in errors], [f"password.k{wanted}"] * bool(wanted)
-                )
+                self.assertEqual([error.startswith(f"password.k{wanted}") for error in errors], [True] * bool(wanted))
         shown = haineko.redacted(settings(password={"k": good}).password)["k"]
         self.assertEqual({key: shown[key] for key in good}, {**good, "hash": "********", "senders": ["example.org"]})
         self.assertEqual(haineko.redacted(settings(password={"k": hashed}).password), {"k": "********"})
