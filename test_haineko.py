@@ -2881,156 +2881,248 @@ class MetricsTable(unittest.TestCase):
         self.assertNotIn("\nfood_bytes ", metrics.text({("food_bytes",): None}))
 
 
+def errors_in(submission) -> list:
+    return haineko.parse_submission(as_body(submission)).errors
+
+
+def addresses(mailboxes) -> list:
+    return [(name, mailbox.addr_spec) for name, mailbox in mailboxes]
+
+
+def finished(message, **more) -> dict:
+    """A submission of a finished message, of text or octets."""
+    raw = {"base64": base64.b64encode(message).decode()} if isinstance(message, bytes) else message
+    return {"mail": "kijitora@example.org", "raw": raw, **more}
+
+
+FIELD_FAULTS = [
+    *[(key, 1, "expected a string, got a number") for key in ("subject", "x-a", "in-reply-to")],
+    ("x-haineko-loop[0]", [1], "expected a string, got a number"), ("cc[1]", ["a@x", 1], "expected a string"),
+    *[(key, {"a": 1}, "expected a string, got an object") for key in ("x-a", "bcc")],
+    *[(key, text, "has a CR, LF or NUL") for key, text in (
+        ("subject", "a\nb"), ("replyto", "a\r <a@x>"), ("from", "a\0 <a@x>"), ("from", "A <a@x>\r\nBcc: b@x"),
+        ("organization", "a\nb"))],
+    ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"), ("precedence", "bulk\0", "has an unprintable character"),
+    *[(key, text, f'expected "name <address>", got "{text}"') for key, text in (
+        ("from", "nobody"), ("from", "undisclosed-recipients:;"), ("replyto", "a b c"), ("reply_to", "a"), ("to", "a"),
+        ("disposition-notification-to", "a"))],
+    ("to", "a@straße.de", 'expected "name <address>", got "a@straße.de"; U+00DF has two readings in a domain'),
+    ("charset", "UTF-9", 'expected a charset that mail readers know, like "UTF-8", got "UTF-9"'),
+    ("x-haineko-loop", "a b", '"a b" is no name of a Haineko'),
+    *[(key, "a", f"unknown key; did you mean {meant}?") for key, meant in (
+        ("html", "html, outside of header"), ("reply_too", '"replyto"'), ("Subjekt", '"subject"'),
+        ("organisation", '"organization"'))],
+    *[(key, text, 'expected "<left@right>"') for key, text in (
+        ("message-id", "a@b"), ("Message_ID", "<a b@c>"), ("message-id", "<a@b> <c@d>"))],
+    ("references[1]", ["<a@b>", "c"], 'expected "<left@right>'),
+    *[("date", text, "expected a date like") for text in ("2014-01-03", "Fri, 31 Feb 2014 18:35:58 +0900")],
+    ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has an unprintable character"),
+    ("importance", "urgent", "expected high or normal or low"),
+    *[(key, "猫", "expected printable ASCII") for key in ("auto-submitted", "List-Unsubscribe")],
+    *[(key, "a", "unknown key") for key in ("x-", "x-a b", "x-a:", "x-" + "a" * 73, "X-猫", "mail", "resent-to")],
+    *[(key, "a", "Haineko makes this field itself") for key in (
+        "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
+        "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
+]  # fmt: skip
+FILE_FAULTS = [
+    ({"filename": "a"}, "content: is missing"), ({"content": None}, "content: is missing"),
+    ({"content": 1}, "content: expected a string, got a number"),
+    *[({"content": text}, "content: is not base64") for text in (
+        "a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!", "=abc",
+        "ab\0c")],
+    (file(name="a.pdf"), 'name: unknown key; did you mean "filename"?'),
+    (file(contentType="a/b"), 'contentType: unknown key; did you mean "type"?'),
+    *[(file(name), f'filename: expected a name without a path, got "{name}"') for name in (
+        "a/b", "../x", "C:\\x", "..", ".", "/")],
+    *[(file(f"a{odd}b"), "filename: has a control character") for odd in (
+        *"\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066", "\r\nBcc: x@example.jp")],
+    (file("x" * 256), "filename: 256 characters exceed the limit of 255"),
+    *[(file(type=kind), "type: expected a media type like") for kind in (
+        "pdf", "a/b/c", "a/b; c", "a/b; c=é", 'text/plain; a="', "a /b", "a/", "/b", "猫/b", "a/b;c=d e", "a/b" * 99)],
+    (file(type="a/b\r\nBcc: x@example.jp"), "type: has a CR, LF or NUL"),
+    *[(file(type=f"{kind}; a=b"), f"type: {kind} can't be attached") for kind in (
+        "multipart/mixed", "message/partial")],
+    *[(file(octets=octets, type="message/rfc822"), "type: message/rfc822 must be ASCII") for octets in (
+        "猫".encode(), b"x" * 999, b"x\ry")],
+    *[(file(cid=cid), "cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x", "x" * 201, 1)],
+    (file(inline="yes"), "inline: expected true or false, got a string"),
+]  # fmt: skip
+RAW_FAULTS = [
+    (1, ": expected a string, got a number"), ({"base64": "*"}, ".base64: is not base64"),
+    ({"base64": 1}, ".base64: expected a string"), ({"bas64": ""}, '.bas64: unknown key; did you mean "base64"?'),
+    ("A: b\nhello\nC: d\n\nx", ': line 2 is neither a header field nor the empty line behind them: "hello"'),
+    ("no header\n", ": has no header"), ("A: b\rBcc: c\n\nx", ": header A: has a CR or NUL"),
+    ("A: b\0\n\nx", ": header A: has a CR or NUL"),
+    ("A: " + "x" * 998 + "\n\nx", ": header A: has a line longer than 998"),
+    ("\ud800", ": has half a surrogate pair at character 0"),
+]  # fmt: skip
+# (submission, its errors); a string: how the first begins, and all are at that place.
+FAULTS = [
+    ([], ["top level: expected an object, got a list"]), ("x", ["top level: expected an object, got a string"]),
+    (b"null", ["top level: expected an object, got null"]),
+    ({"header": []}, ["header: expected an object, got a list"]),
+    ({"header": "x"}, ["header: expected an object, got a string"]),
+    ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
+    ({"subject": "a"}, ["subject: unknown key; did you mean header.subject?"]),
+    *[({key: "a"}, [f"{key}: unknown key; did you mean {meant}?"]) for key, meant in (
+        ("cc", "header.cc"), ("reply_to", "header.replyto"), ("replyTo", "header.replyto"), ("text", "body"),
+        ("List-Unsubscribe", "header.list-unsubscribe"), ("contentType", "html or attachments[].type"))],
+    ({"a\r\nb": 1}, ["a??b: unknown key"]),
+    *[({path.partition("[")[0]: value}, [f"{path}: expected a string, got {kind}"]) for path, value, kind in (
+        ("mail", 1, "a number"), ("mail", ["a@x.jp"], "a list"), ("ehlo", False, "true or false"),
+        ("body", {}, "an object"), ("rcpt", 5, "a number"), ("rcpt", {"a": 1}, "an object"),
+        ("rcpt[1]", ["a", None], "null"), ("rcpt[0]", [["a"]], "a list"))],
+    (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
+    (b'{"header": {"subject": "a", "subject": "a", "Foo": 1, "X-a": "1"}}',
+        ["header.subject: duplicate key", "header.Foo: unknown key"]),
+    (b'{"body": "\\ud800"}', ["body: has half a surrogate pair at character 0"]),
+    (b'{"rcpt": ["a", "b\\udc00"]}', ["rcpt[1]: has half a surrogate pair at character 1"]),
+    (b'{"header": {"subject": "\\ud83d"}}', ["header.subject: has half a surrogate pair at character 0"]),
+    (b'{"\\ud800": 1}', ["?: unknown key"]),
+    ({"rcpt": 1, "body": 2, "x": 3},
+        ["rcpt: expected a string, got a number", "body: expected a string, got a number", "x: unknown key"]),
+    (b'{"body": "\\u001b", "header": {"charset": "ISO-2022-JP", "x-haineko-loop": %b%b}}' % (b"[" * 3000, b"]" * 3000),
+        ["nested too deeply"]),
+    *[(document(**change, header={"charset": "ISO-2022-JP", **header}), f"{path}: {said}") for held, said in (
+        ("\x1b$B$\x1b(B", "claims to be ISO-2022-JP and ends within a character"),
+        ("\x1b$B$M\nx\x1b(B", "claims to be ISO-2022-JP and isn't"),
+        ("\x1b$B \x1b(B", "claims to be ISO-2022-JP and isn't"), ("\x1b$B~~\x1b(B", "has an unassigned character"),
+        ("\x1b$(D0!\x1b(B", "has an escape sequence that is not ISO-2022-JP's")) for path, change, header in (
+        ("body", {"body": held}, {}), ("header.subject", {}, {"subject": held}))],
+    *[(document(send_at=value), "send_at: expected whole seconds") for value in (
+        "2026-12-24T12:00:00", "2026-12-24", "2026-02-30T12:00:00Z", "2026-12-24T12:00:00Z ", "tomorrow", "",
+        1798113600.5, True, [])],
+    ({"html": 1}, "html: expected a string, got a number"),
+    ({"attachments": "x"}, "attachments: expected an object, got a string"),
+    ({"attachments": [file(), "x"]}, "attachments[1]: expected an object, got a string"),
+    ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
+    *[({"attachments": [item]}, f"attachments[0].{said}") for item, said in FILE_FAULTS],
+    ({"html": "<img src='cid:logo'>"}, 'html: "cid:logo" has no attachment with this cid'),
+    ({"html": "x", "attachments": [file(cid="logo")]}, 'attachments[0].cid: the HTML has no "cid:logo"'),
+    ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
+    ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
+    *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in FIELD_FAULTS],
+    ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
+    *[({"header": header}, "header: more than 1000 fields or 102400 characters") for header in (
+        {"x-a": ["a"] * 1001}, {f"x-{i}": "a" for i in range(1001)}, {"x-a": ["a" * 1000] * 103})],
+    ({"header": {"to": ["a@b"] * 2001}}, "header.to: 2001 addresses exceed the limit of 2000"),
+    ({"header": {"to": "a@b," * 2001}}, 'header.to: expected "name <address>"'),
+    ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
+        "header.Reply-To: means the same as replyto, which is set already"),
+    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: means the same as x-a, which is set already"),
+    *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw") for key, value in (
+        ("header", {"subject": "x"}), ("body", "x"), ("html", "x"), ("attachments", []))],
+    *[({"raw": raw}, f"raw{said}") for raw, said in RAW_FAULTS],
+]  # fmt: skip
+
+
 class Submissions(Quiet):
-    def understood(self, submission) -> haineko.Submission:
-        found, faults, _ = haineko.parse_submission(as_body(submission))
-        self.assertEqual(faults, [])
-        return found
+    JIS = (
+        ("\x1b$B$M$3\x1b(B", "ねこ"), ("\x1b$@$M$3\x1b(J", "ねこ"),
+        ("cat \x1b$B$M$3\x1b(B cat \x1b$B$M$3\x1b(B", "cat ねこ cat ねこ"), ("\x1b(I6^\x1b(B", "ｶﾞ"),
+        ("\x1b$B-!\x1b(B", "①"), ("\x1b$B|b\x1b(B", "髙"), ("\x1b$B-j\x1b(B", "㈱"), ("\x1b$B!A\x1b(B", "～"),
+        ("a\x1b(Jb\x1b(Bc", "abc"), ("\x1b(J\\100~\x1b(B\\", "¥100‾\\"), ("plain", "plain"),
+    )  # fmt: skip
 
-    def faults(self, submission) -> list:
-        return haineko.parse_submission(as_body(submission))[1]
-
-    def test_every_key(self):
-        found = self.understood(
-            {
-                "ehlo": "[127.0.0.1]",
-                "mail": "kijitora@example.org",
-                "rcpt": ["mikeneko@example.jp", "sabineko@example.jp"],
-                "header": {
-                    "from": "キジトラ <kijitora@example.com>",
-                    "subject": "謹賀新年",
-                    "replyto": "straycats@cat-ml.example.org",
-                    "charset": "utf8",
-                    "x-haineko-loop": ["a.example", "b.example"],
-                },
-                "body": "あとでお年玉貰いに行きます",
-            }
-        )
-        self.assertEqual((found.ehlo, found.mail), ("[127.0.0.1]", "kijitora@example.org"))
-        self.assertEqual(found.rcpt, ("mikeneko@example.jp", "sabineko@example.jp"))
-        self.assertEqual(
-            [(name, item.addr_spec) for name, item in found.header.from_], [("キジトラ", "kijitora@example.com")]
-        )
-        self.assertEqual([item.addr_spec for _, item in found.header.replyto], ["straycats@cat-ml.example.org"])
-        self.assertEqual((found.header.subject, found.header.charset), ("謹賀新年", "UTF-8"))
-        self.assertEqual(found.header.loop, ("a.example", "b.example"))
-        self.assertEqual(found.body, "あとでお年玉貰いに行きます")
-
-    def test_aliases(self):
-        cases = [
-            ({"helo": "a"}, "ehlo", "a"),
-            ({"send": "a@example.jp"}, "mail", "a@example.jp"),
-            ({"from": "a@example.jp"}, "mail", "a@example.jp"),
-            ({"recv": ["a@example.jp"]}, "rcpt", ("a@example.jp",)),
-            ({"to": "a@example.jp"}, "rcpt", ("a@example.jp",)),
-            ({"rcpt": "a@example.jp"}, "rcpt", ("a@example.jp",)),
-        ]
-        for submission, name, wanted in cases:
+    def test_keys_and_their_aliases(self):
+        raw = "From: x@example.org\nTo: a@example.jp\n{}\nSubject: x\n\nMeow\n".format
+        long = "X-Haineko-Loop: " + "x" * 900 + "\n " + "x" * 900 + ",\n a.example"  # is not remembered
+        deep = "\n ".join(["(" * 900] * 20)  # refused, not lost
+        hidden = document(rcpt=None, header={"to": "undisclosed-recipients:;", "bcc": "a@x"})
+        lists = [("a@x.jp, B <b@x.jp>", ("a@x.jp", "b@x.jp")), ("B <b@x.jp>, a@x.jp", ("b@x.jp", "a@x.jp"))]
+        lists += [("b@x.jp <c@x.jp>", ("c@x.jp",)), ("Yamada, Taro <taro@x.jp>", ("taro@x.jp",))]
+        for submission, path, wanted in (
+            ({"ehlo": "[127.0.0.1]"}, "ehlo", "[127.0.0.1]"), ({"helo": "a"}, "ehlo", "a"), ({"ehlo": ""}, "ehlo", ""),
+            ({"ehlo": None}, "ehlo", None), *[({key: "a@x.jp"}, "mail", "a@x.jp") for key in ("mail", "send", "from")],
+            ({"rcpt": ["a@x.jp", "b@x.jp"]}, "rcpt", ("a@x.jp", "b@x.jp")),
+            *[({key: "a@x.jp"}, "rcpt", ("a@x.jp",)) for key in ("rcpt", "recv", "to")],
+            ({"header": {"subject": "謹賀新年"}}, "header.subject", "謹賀新年"), ({"body": "お年玉"}, "body", "お年玉"),
+            (b'{"body": "\\ud83d\\ude3a"}', "body", "😺"),
+            (document(body="\x1b$B$M$3\x1b(B"), "body", "\x1b$B$M$3\x1b(B"),
+            (document(body="ね\x1b$B$M$3\x1b(B", header={"charset": "ISO-2022-JP"}), "body", "ね\x1b$B$M$3\x1b(B"),
+            *[({"header": {"charset": name}}, "header.charset", "UTF-8") for name in ("utf8", None)],
+            *[({"header": {"x-haineko-loop": given}}, "header.loop", wanted) for given, wanted in (
+                ("a.example", ("a.example",)), ("a.example, b.example", ("a.example", "b.example")), ([" a "], ("a",)),
+                (["a.example", "b.example,c.example"], ("a.example", "b.example", "c.example")), ("", ()), ([], ()))],
+            (finished(raw(long)), "header.loop", ("a.example",)),
+            *[({"send_at": given}, "send_at", given) for given in (1798113600, 0, -5)],
+            *[({"send_at": f"2026-12-24T{text}"}, "send_at", 1798113600) for text in (
+                "12:00:00Z", "21:00:00+09:00", "21:00+0900")],
+            ({"send_at": "2026-12-24T07:30:00.250-04:30"}, "send_at", 1798113600.25), (hidden, "rcpt", ("a@x",)),
+            (finished(raw("X: y"), rcpt=["z@x.jp"]), "rcpt", ("z@x.jp",)),
+            *[(finished(raw(f"Cc: {text}\nBcc: undisclosed-recipients:;")), "rcpt", ("a@example.jp", *wanted))
+                for text, wanted in (
+                *lists, ("c@x.jp,\n d@x.jp\nBcc: e@x.jp", ("c@x.jp", "d@x.jp", "e@x.jp")),
+                (deep, (deep.replace("\n", ""),)),
+                *[(text, (text,)) for text in ("foo-[redacted]victim@example.net", "c@x.jp <d@x.jp> e")])],
+            *[(document(rcpt=None, header={"to": text}), "rcpt", wanted) for text, wanted in lists],
+        ):  # fmt: skip
             with self.subTest(submission):
-                self.assertEqual(getattr(self.understood(submission), name), wanted)
-        for key in ("replyto", "reply-to"):
-            with self.subTest(key):
-                found = self.understood({"header": {key: "a@example.jp"}}).header.replyto
-                self.assertEqual(found[0][1].addr_spec, "a@example.jp")
+                found = understood(submission)
+                for name in path.split("."):
+                    found = getattr(found, name)
+                self.assertEqual(found, wanted)
+        self.assertIn(b"\r\nTo: undisclosed-recipients:;\r\n", composed(hidden))
 
-    def test_null_is_as_if_absent_and_empty_is_empty(self):
+    def test_null_is_as_if_absent(self):
         names = dict.fromkeys(["ehlo", "helo", "mail", "send", "from", "rcpt", "recv", "to", "header", "body"])
-        found, absent = self.understood(names), haineko.Submission(rcpt=())
-        absent.header = found.header
-        self.assertEqual(
-            [getattr(found, item.name) for item in fields(found)],
-            [getattr(absent, item.name) for item in fields(found)],
-        )
-        self.assertIsNone(found.ehlo)
-        self.assertEqual(self.understood({"header": {"charset": None}}).header.charset, "UTF-8")
-        self.assertEqual(self.understood({"ehlo": ""}).ehlo, "")
-        self.assertEqual(self.understood({"header": {"from": "", "replyto": ""}}).header.from_, ())
+        found = understood(names)
+        self.assertEqual(vars(found), vars(haineko.Submission(rcpt=(), header=found.header)))
 
     def test_faults(self):
-        wanted = 'expected "name <address>", got '
-        cases = [
-            ([], ["top level: expected an object, got a list"]),
-            ("x", ["top level: expected an object, got a string"]),
-            (b"null", ["top level: expected an object, got null"]),
-            ({"header": []}, ["header: expected an object, got a list"]),
-            ({"header": "x"}, ["header: expected an object, got a string"]),
-            ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
-            ({"subject": "a"}, ["subject: unknown key; did you mean header.subject?"]),
-            *[({key: "a"}, [f"{key}: unknown key; did you mean {meant}?"]) for key, meant in (
-                ("cc", "header.cc"), ("reply_to", "header.replyto"), ("replyTo", "header.replyto"), ("text", "body"),
-                ("List-Unsubscribe", "header.list-unsubscribe"), ("contentType", "html or attachments[].type"),
-            )],
-            ({"header": {"html": "a"}}, ["header.html: unknown key; did you mean html, outside of header?"]),
-            ({"header": {"reply_too": "a"}}, ['header.reply_too: unknown key; did you mean "replyto"?']),
-            ({"header": {"reply_to": "a"}}, [f'header.reply_to: {wanted}"a"']),
-            ({"header": {"Subjekt": "a"}}, ['header.Subjekt: unknown key; did you mean "subject"?']),
-            ({"a\r\nb": 1}, ["a??b: unknown key"]),
-            ({"mail": 1}, ["mail: expected a string, got a number"]),
-            ({"mail": ["a@example.jp"]}, ["mail: expected a string, got a list"]),
-            ({"ehlo": False}, ["ehlo: expected a string, got true or false"]),
-            ({"body": {}}, ["body: expected a string, got an object"]),
-            ({"rcpt": 5}, ["rcpt: expected a string, got a number"]),
-            ({"rcpt": {"a": 1}}, ["rcpt: expected a string, got an object"]),
-            ({"rcpt": ["a", None]}, ["rcpt[1]: expected a string, got null"]),
-            ({"rcpt": [["a"]]}, ["rcpt[0]: expected a string, got a list"]),
-            ({"header": {"subject": 1}}, ["header.subject: expected a string, got a number"]),
-            ({"header": {"subject": "a\nb"}}, ["header.subject: has a CR, LF or NUL"]),
-            ({"header": {"from": "nobody"}}, ["header.from: " + wanted + '"nobody"']),
-            ({"header": {"replyto": "a b c"}}, ["header.replyto: " + wanted + '"a b c"']),
-            ({"header": {"charset": "UTF-9"}},
-             ['header.charset: expected a charset that mail readers know, like "UTF-8", got "UTF-9"']),
-            ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
-            ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
-            (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
-            (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: duplicate key"]),
-            (b'{"body": "\\ud800"}', ["body: has half a surrogate pair at character 0"]),
-            (b'{"rcpt": ["a", "b\\udc00"]}', ["rcpt[1]: has half a surrogate pair at character 1"]),
-            (b'{"header": {"subject": "\\ud83d"}}', ["header.subject: has half a surrogate pair at character 0"]),
-            (b'{"\\ud800": 1}', ["?: unknown key"]),
-            ({"rcpt": 1, "body": 2, "x": 3}, [
-                "rcpt: expected a string, got a number", "body: expected a string, got a number", "x: unknown key",
-            ]),
-        ]  # fmt: skip
-        for submission, faults in cases:
-            with self.subTest(submission):
-                self.assertEqual(self.faults(submission), faults)
-        self.assertEqual(self.understood(b'{"body": "\\ud83d\\ude3a"}').body, "😺")
-
-    def test_addresses(self):
-        cases = [
-            ("a@example.jp", "a", "example.jp"),
-            ("A.b+c=d@Example.JP", "A.b+c=d", "Example.JP"),
-            ("a@localhost", "a", "localhost"),
-            ("!#$%&'*+-/=?^_`{|}~@example.jp", "!#$%&'*+-/=?^_`{|}~", "example.jp"),
-            ('"a b"@example.jp', '"a b"', "example.jp"),
-            (r'"a\"\\b"@example.jp', r'"a\"\\b"', "example.jp"),
-            ('"a@b"@example.jp', '"a@b"', "example.jp"),
-            ("a@[192.0.2.1]", "a", "[192.0.2.1]"),
-            ("a@[IPv6:2001:db8::1]", "a", "[IPv6:2001:db8::1]"),
-            ("a@例え.jp", "a", "xn--r8jz45g.jp"),
-            ("ねこ@example.jp", "ねこ", "example.jp"),
-            ("a" * 64 + "@" + "b" * 63 + ".jp", "a" * 64, "b" * 63 + ".jp"),
-        ]
-        for text, local, domain in cases:
-            with self.subTest(text):
-                found = haineko.parse_address(text)
-                self.assertEqual((found.as_written, found.domain), (text, domain))
-                self.assertEqual(found.addr_spec, f"{local}@{domain}")
+        for submission, wanted in FAULTS:
+            with self.subTest(str(submission)[:100]):
+                found = errors_in(submission)
+                self.assertNotRegex("".join(found), r"[\r\n\0]")
+                if isinstance(wanted, list):
+                    self.assertEqual(found, wanted)
+                else:
+                    self.assertEqual({error.partition(":")[0] for error in found}, {wanted.partition(":")[0]})
+                    self.assertTrue(found[0].startswith(wanted), found)
 
     def test_what_is_no_json(self):
         for body, words in (
-            (b"", ("line 1 column 1", "the body is empty")), (b'{\n "a": }', ("line 2 column 7",)),
-            (b"mail=a%40x&rcpt=b", ("line 1", "form data")),
-            (b'--b\r\nContent-Disposition: form-data; name="a"', ("form data",)),
-            (b"\xff", ("UTF-8",)), (b"[" * 100000, ("deep",)), (b'{"a": NaN}', ("NaN",)),
+            (b"", "line 1 column 1|the body is empty"), (b'{\n "a": }', "line 2 column 7"), (b"\xff", "UTF-8"),
+            (b"mail=a%40x&rcpt=b", "line 1|form data"),
+            (b'--b\r\nContent-Disposition: form-data; name="a"', "form data"), (b"[" * 100000, "deep"),
+            (b'{"a": NaN}', "NaN"),
         ):  # fmt: skip
             with self.subTest(body[:20]):
                 found = haineko.parse_submission(body)
                 self.assertEqual((found.submission, found.is_json, len(found.errors)), (None, False, 1))
-                for word in words:
+                for word in words.split("|"):
                     self.assertIn(word, found.errors[0])
         for body in (b"[]", b'{"a": 1}', b'{"a": 1, "a": 1}', as_body({"mail": 1, "rcpt": 2})):
             self.assertTrue(haineko.parse_submission(body).is_json)
+
+    def test_addresses(self):
+        for text, local, domain in (
+            ("a@example.jp", "a", "example.jp"), ("A.b+c=d@Example.JP", "A.b+c=d", "Example.JP"),
+            ("a@localhost", "a", "localhost"), ("!#$%&'*+-/=?^_`{|}~@example.jp", "!#$%&'*+-/=?^_`{|}~", "example.jp"),
+            ('"a b"@example.jp', '"a b"', "example.jp"), (r'"a\"\\b"@example.jp', r'"a\"\\b"', "example.jp"),
+            ('"a@b"@example.jp', '"a@b"', "example.jp"), ("a@[192.0.2.1]", "a", "[192.0.2.1]"),
+            ("a@[IPv6:2001:db8::1]", "a", "[IPv6:2001:db8::1]"), ("a@例え.jp", "a", "xn--r8jz45g.jp"),
+            ("ねこ@example.jp", "ねこ", "example.jp"), ("a" * 64 + "@" + "b" * 63 + ".jp", "a" * 64, "b" * 63 + ".jp"),
+            ("a" * 50 + "@" + "é." * 15 + "jp", "a" * 50, "xn--9ca." * 15 + "jp"),
+        ):  # fmt: skip
+            with self.subTest(text):
+                found = haineko.parse_address(text)
+                self.assertEqual((found.as_written, found.domain), (text, domain))
+                self.assertEqual(found.addr_spec, f"{local}@{domain}")
+                self.assertEqual(haineko.parse_address(found.addr_spec).addr_spec, found.addr_spec)
+        for text in (
+            "", " ", "a", "@", "a@", "@example.jp", "<a@example.jp>", "A <a@example.jp>", " a@example.jp",
+            "a@example.jp ", "a b@example.jp", "a@b@example.jp", ".a@example.jp", "a.@example.jp", "a..b@example.jp",
+            "a@.example.jp", "a@example..jp", "a@example.jp.", "a@-example.jp", "a@exam ple.jp",
+            "a@example.jp,b@example.jp", "a@[1.2.3]", "a@[2001:db8::1]", "a@[IPv6:zz]", "a@[IPv6:fe80::1%eth0]",
+            "a@[example.jp]", "a,b@example.jp", "a:b@example.jp", 'a"b@example.jp', '"a"b"@example.jp', '"a@example.jp',
+            '"a\tb"@example.jp', "a@example.jp\r\n", "a\0@example.jp", "a@exa\nmple.jp", "a\x7f@example.jp",
+            "a\x85@example.jp", "a@faß.de", "a@" + "b" * 64 + ".jp", "a" * 250 + "@example.jp", "a@ex(c)ample.jp",
+            "\ud800@example.jp", "a@ｅ ｘ.jp", "a@example.jp\u2028", "a" * 150 + "@" + "é." * 20 + "jp",
+            "a@example.jp> SIZE=1", "a@example.jp\r\nRCPT TO:<b@example.jp>",
+        ):  # fmt: skip
+            with self.subTest(text):
+                self.assertIsNone(haineko.parse_address(text))
         self.assertEqual(haineko.idna_hint("A <a@x>"), ('expected a bare address, got "A <a@x>"; did you mean "a@x"?',))
 
     def test_address_lists(self):
@@ -3039,212 +3131,95 @@ class Submissions(Quiet):
             ("a@x,", [a]), (",a@x,,b@y", [a, b]), ("a@x; b@y", [a, b]), ("a@x (Doe, J), b@y", [("Doe, J", "a@x"), b]),
             ("unlisted-recipients:; (no To-header on input)", []), ("undisclosed-recipients:;", []),
             ("(Empty list)(start)Hidden recipients  :(nobody(that I know))  ;", []), ("(a (b) \\) c)", []),
-            ("A Group:Ed Jones <a@x>, b@y; , c@z", [("Ed Jones", "a@x"), b, ("", "c@z")]),
-            ('"Doe, J" <a@x> (work), B <b@y>', [("Doe, J (work)", "a@x"), ("B", "b@y")]), ("", []), (" ,; ", []),
-            ("< a@x >, b@y", [a, b]), ("a@[IPv6:2001:db8::1]; b@y", [("", "a@[IPv6:2001:db8::1]"), b]),
+            ("A Group:Ed Jones <a@x>, b@y; , c@z", [("Ed Jones", "a@x"), b, ("", "c@z")]), ("", []), (" ,; ", []),
+            ('"Doe, J" <a@x> (work), B <b@y>', [("Doe, J (work)", "a@x"), ("B", "b@y")]), ("< a@x >, b@y", [a, b]),
+            ("a@[IPv6:2001:db8::1]; b@y", [("", "a@[IPv6:2001:db8::1]"), b]), ("a@x", [a]), ("<a@x>", [a]),
+            ("a@x, b@y", [a, b]), ("A <a@x>, B <b@y>", [("A", "a@x"), ("B", "b@y")]),
+            ('あ <a@x>, "い, う" <b@y>', [("あ", "a@x"), ("い, う", "b@y")]),
+            ("Neko <a@[192.0.2.1]>", [("Neko", "a@[192.0.2.1]")]), ('Neko <"ne ko"@x>', [("Neko", '"ne ko"@x')]),
+            ("a@例え.jp", [("", "a@xn--r8jz45g.jp")]),
+            *[(text, [("", text)]) for text in ("a@[192.0.2.1]", '"ne ko"@x')],
+            *[(text, [(name, "a@x")]) for text, name in (
+                ("Neko<a@x>", "Neko"), ("Neko  <a@x> ", "Neko"), ("Dr. N. Eko (vet) <a@x>", "Dr. N. Eko (vet)"),
+                ("a@x (the cat)", "the cat"), ('"Yamada, Taro" <a@x>', "Yamada, Taro"),
+                ('"山田, 太郎" <a@x>', "山田, 太郎"), (r'"the \"cat\"" <a@x>', 'the "cat"'),
+                *[(f"{name} <a@x>", name) for name in ("キジトラ", "山田, 太郎", "Yamada, Taro", "=?UTF-8?B?44Kt?=")])],
         ):  # fmt: skip
             with self.subTest(text):
-                found = haineko.parse_mailboxes(text)
-                self.assertEqual([(name, mailbox.addr_spec) for name, mailbox in found], wanted)
+                self.assertEqual(addresses(haineko.parse_mailboxes(text)), wanted)
+                if wanted or not text:
+                    header = understood({"header": {"from": text, "replyto": text}}).header
+                    self.assertEqual((addresses(header.from_), addresses(header.replyto)), (wanted, wanted))
         for text in (
             "foo-[redacted]victim@example.net", "<foo>bar@example.net", "a@x b@y", "a:b@x", "x: a@x, y: b@y;;", "(a",
-            "a@x)",
-            '"a', "<a@x", "a@x <b@y>, c", "a@x>", "<a@x> <b@y>", "<a@x> b", "g:;a", "[a@x]", ":;", "a@x, (",
-            "a@x,b@" + "," * 9,
-            "a@x," * 2001,
+            "a@x)", '"a', "<a@x", "a@x <b@y>, c", "a@x>", "<a@x> <b@y>", "<a@x> b", "g:;a", "[a@x]", ":;", "a@x, (",
+            "a@x,b@" + "," * 9, "a@x," * 2001, " ", "Neko", "Neko <>", "Neko <neko>", "neko at example.jp",
+            "Neko neko@example.jp>", "ね\u202eこ@example.jp", "ねこ <ね\u2028こ@example.jp>", "a@b@c.jp",
+            "A <a@example.jp>, B", '"Neko <neko@example.jp>', "Neko <a b@example.jp>", "neko@faß.de", "()", ",",
+            "a" * 99999, "N\0 <neko@example.jp>", "N\r\nX: y <neko@example.jp>", "Neko <neko@example.jp\n>",
+            "Neko <neko@ex\0ample.jp>",
         ):  # fmt: skip
-            with self.subTest(text), self.assertRaises(ValueError):
-                haineko.parse_mailboxes(text)
-        raw = "From: x@example.org\nTo: foo-[redacted]victim@example.net\nSubject: x\n\nMeow\n"
-        found = understood({"mail": "x@example.org", "raw": raw}).rcpt
-        self.assertEqual(found, ("foo-[redacted]victim@example.net",))
-        found = understood(document(rcpt=None, header={"to": "undisclosed-recipients:;", "bcc": "a@x"}))
-        self.assertEqual(found.rcpt, ("a@x",))
-        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
-        self.assertIn(b"\r\nTo: undisclosed-recipients:;\r\n", message.copy("a@x", 1))
+            for key in ("from", "to"):  # of which To may be an empty group
+                with self.subTest(text, key=key):
+                    self.assertEqual(len(errors_in({"header": {key: text}})), 2 if "ex\0" in text else 1)
 
     def test_what_is_expensive(self):
-        raw = {"mail": "a@example.org", "rcpt": "b@example.jp"}
-        for what, form, parse, make in (
-            ("a text", document(body="a mail of lines\n" * 4000), False, False),
-            ("a text in Japanese", document(body="猫" * 9000), False, False),
-            ("HTML alone", document(body=None, html="<b>x</b>" * 2000), False, True),
-            ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
-            ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
-            ("many fields", document(header={"x-a": ["é@" * 40] * 999}), True, True),
-            ("many files", document(attachments=[file()] * 900), True, True),
-            ("a small message", {**raw, "raw": "A: b\n\n" + "x\n" * 2000}, False, False),
-            (
-                "many parts",
-                {**raw, "raw": "Content-Type: multipart/mixed; boundary=b\n\n" + "--b\n\né\n" * 1900},
-                True,
-                True,
-            ),
-        ):
-            with self.subTest(what):
-                self.assertEqual(haineko.is_expensive(as_body(form)), parse)
-                self.assertEqual(haineko.is_expensive(understood(form)), make)
+        parts = finished("Content-Type: multipart/mixed; boundary=b\n\n" + "--b\n\né\n" * 1900, rcpt="b@example.jp")
+        for parse, make, form in (
+            (False, False, document(body="a mail of lines\n" * 4000)), (False, False, document(body="猫" * 9000)),
+            (False, True, document(body=None, html="<b>x</b>" * 2000)),
+            (False, True, document(header={"subject": "猫" * 20000})),
+            (True, True, document(header={"to": ["猫 <a@b.jp>"] * 1500})),
+            (True, True, document(header={"x-a": ["é@" * 40] * 999})),
+            (True, True, document(attachments=[file()] * 900)),
+            (False, False, finished("A: b\n\n" + "x\n" * 2000, rcpt="b@example.jp")), (True, True, parts),
+        ):  # fmt: skip
+            with self.subTest(str(form)[100:250]):
+                found = haineko.is_expensive(as_body(form)), haineko.is_expensive(understood(form))
+                self.assertEqual(found, (parse, make))
 
     def test_header_fields_that_relays_take_for_commands(self):
         names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
         given = document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"})
         raw = "".join(f"{name} : a\n" for name in names) + "X-MCX: c\n\nx"
-        for form in (given, {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw}):
+        for form in (given, finished(raw, rcpt="b@example.jp")):
             _, *lines = posted(form)[1]["response"][0]["message"]
-            wanted = [f"{name.lower()}: the route must have provider_headers to send it" for name in names]
-            self.assertEqual([line.lower() for line in lines], wanted)
-
-    def test_what_is_no_address(self):
-        for text in (
-            "", " ", "a", "@", "a@", "@example.jp", "<a@example.jp>", "A <a@example.jp>", " a@example.jp",
-            "a@example.jp ",
-            "a b@example.jp", "a@b@example.jp", ".a@example.jp", "a.@example.jp", "a..b@example.jp", "a@.example.jp",
-            "a@example..jp", "a@example.jp.", "a@-example.jp", "a@exam ple.jp", "a@example.jp,b@example.jp",
-            "a@[1.2.3]",
-            "a@[2001:db8::1]", "a@[IPv6:zz]", "a@[IPv6:fe80::1%eth0]", "a@[example.jp]", "a,b@example.jp",
-            "a:b@example.jp",
-            'a"b@example.jp', '"a"b"@example.jp', '"a@example.jp', '"a\tb"@example.jp', "a@example.jp\r\n",
-            "a\0@example.jp",
-            "a@exa\nmple.jp", "a\x7f@example.jp", "a\x85@example.jp", "a@faß.de", "a@" + "b" * 64 + ".jp",
-            "a" * 250 + "@example.jp", "a@ex(c)ample.jp", "\ud800@example.jp", "a@ｅ ｘ.jp", "a@example.jp\u2028",
-        ):  # fmt: skip
-            with self.subTest(text):
-                self.assertIsNone(haineko.parse_address(text))
-
-    def test_mailboxes_of_a_header(self):
-        neko = ("", "neko@example.jp")
-        cases = [
-            ("neko@example.jp", [neko]),
-            ("<neko@example.jp>", [neko]),
-            ("Neko<neko@example.jp>", [("Neko", "neko@example.jp")]),
-            ("Neko  <neko@example.jp> ", [("Neko", "neko@example.jp")]),
-            ("キジトラ <kijitora@example.com>", [("キジトラ", "kijitora@example.com")]),
-            ("山田, 太郎 <taro@example.jp>", [("山田, 太郎", "taro@example.jp")]),
-            ("Yamada, Taro <taro@example.jp>", [("Yamada, Taro", "taro@example.jp")]),
-            ("Dr. N. Eko (vet) <neko@example.jp>", [("Dr. N. Eko (vet)", "neko@example.jp")]),
-            ('"Yamada, Taro" <taro@example.jp>', [("Yamada, Taro", "taro@example.jp")]),
-            (r'"the \"cat\"" <neko@example.jp>', [('the "cat"', "neko@example.jp")]),
-            ('"山田, 太郎" <taro@example.jp>', [("山田, 太郎", "taro@example.jp")]),
-            ("neko@example.jp (the cat)", [("the cat", "neko@example.jp")]),
-            ("a@example.jp, b@example.jp", [("", "a@example.jp"), ("", "b@example.jp")]),
-            ("A <a@example.jp>, B <b@example.jp>", [("A", "a@example.jp"), ("B", "b@example.jp")]),
-            ('あ <a@example.jp>, "い, う" <b@example.jp>', [("あ", "a@example.jp"), ("い, う", "b@example.jp")]),
-            ("neko@例え.jp", [("", "neko@xn--r8jz45g.jp")]),
-            ("neko@[192.0.2.1]", [("", "neko@[192.0.2.1]")]),
-            ("Neko <neko@[192.0.2.1]>", [("Neko", "neko@[192.0.2.1]")]),
-            ('"ne ko"@example.jp', [("", '"ne ko"@example.jp')]),
-            ('Neko <"ne ko"@example.jp>', [("Neko", '"ne ko"@example.jp')]),
-            ("=?UTF-8?B?44Kt?= <neko@example.jp>", [("=?UTF-8?B?44Kt?=", "neko@example.jp")]),
-            ("", []),
-        ]
-        for text, wanted in cases:
-            for key, name in (("from", "from_"), ("replyto", "replyto")):
-                with self.subTest(text, key=key):
-                    found = getattr(self.understood({"header": {key: text}}).header, name)
-                    self.assertEqual([(shown, item.addr_spec) for shown, item in found], wanted)
-
-    def test_headers_that_hold_no_mailbox(self):
-        for text in (
-            " ", "Neko", "Neko <>", "Neko <neko>", "neko at example.jp", "Neko neko@example.jp>",
-            "<neko@example.jp> Neko", "ね\u202eこ@example.jp", "ねこ <ね\u2028こ@example.jp>",
-            "a@example.jp b@example.jp",
-            "a@b@c.jp",
-            "A <a@example.jp>, B", '"Neko <neko@example.jp>', "Neko <a b@example.jp>", "neko@faß.de", "()", ",",
-            "a" * 99999,
-            "N\0 <neko@example.jp>", "N\r\nX: y <neko@example.jp>", "Neko <neko@example.jp\n>",
-            "Neko <neko@ex\0ample.jp>",
-        ):  # fmt: skip
-            with self.subTest(text):
-                self.assertEqual(
-                    len(self.faults({"header": {"from": text}})),
-                    2 if re.search("[\n\0]", text) and "<neko@example.jp" not in text else 1,
-                )
+            said = [f"{name.lower()}: the route must have provider_headers to send it" for name in names]
+            self.assertEqual([line.lower() for line in lines], said)
 
     def test_names_of_charsets(self):
-        cases = [
-            ("UTF-8", "UTF-8"), ("utf8", "UTF-8"), ("U8", "UTF-8"), ("iso-2022-jp", "ISO-2022-JP"),
-            ("csISO2022JP", "ISO-2022-JP"), ("ISO-8859-1", "ISO-8859-1"), ("latin1", "ISO-8859-1"), ("us-ascii",
-            "US-ASCII"),
-            ("ASCII", "US-ASCII"), ("ISO-8859-15", "ISO-8859-15"), ("windows-1252", "windows-1252"), ("cp1252",
-            "windows-1252"),
-            ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "GB18030"),
-            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"), ("big5-hkscs", "Big5-HKSCS"),
-            ("iso2022_kr", "ISO-2022-KR"), ("macintosh", "macintosh"), ("mac_roman", "macintosh"),
-            ("kz_1048", "KZ-1048"),
-            ("iso-2022-jp-2", "ISO-2022-JP-2"), ("cp437", "IBM437"), ("latin9", "ISO-8859-15"), ("cp950", "Big5"),
-        ]  # fmt: skip
-        for name, wanted in cases:
-            with self.subTest(name):
-                self.assertEqual(haineko.iana_charset(name), wanted)
-                self.assertTrue(wanted.encode("ascii").decode().replace("-", "").replace("_", "").isalnum())
-        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1",
-                     "iso-2022-jp-3",
-                     "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004",
-                     "base64", "hex", "zlib",
-                     "hz",
-                     "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "utf-8\r\nX: y", "utf-8\0",
-                     "utf 8", "ねこ", "../utf8", "a" * 1000):  # fmt: skip
-            with self.subTest(name):
-                self.assertEqual(haineko.iana_charset(name), "")
+        for wanted, names in (
+            ("UTF-8", "UTF-8|utf8|U8"), ("ISO-2022-JP", "iso-2022-jp|csISO2022JP"), ("ISO-8859-1", "ISO-8859-1|latin1"),
+            ("US-ASCII", "us-ascii|ASCII"), ("ISO-8859-15", "ISO-8859-15|latin9"),
+            ("windows-1252", "windows-1252|cp1252"), ("Shift_JIS", "Shift_JIS"), ("Windows-31J", "cp932"),
+            ("EUC-JP", "EUC-JP"), ("GB18030", "gb18030"), ("Big5", "Big5|cp950"), ("KOI8-R", "KOI8-R"),
+            ("EUC-KR", "EUC-KR"), ("Big5-HKSCS", "big5-hkscs"), ("ISO-2022-KR", "iso2022_kr"),
+            ("macintosh", "macintosh|mac_roman"), ("KZ-1048", "kz_1048"), ("ISO-2022-JP-2", "iso-2022-jp-2"),
+            ("IBM437", "cp437"),
+            ("", "|x|UTF-16|utf-7|utf-8-sig|idna|punycode|rot13|iso-2022-jp-1|iso-2022-jp-3|iso-2022-jp-ext|mac_greek"),
+            ("", "johab|cp1125|koi8-t|shift_jis_2004|base64|hex|zlib|hz|cp037|undefined|unicode_escape"),
+            ("", "raw_unicode_escape|mbcs|utf-8\r\nX: y|utf-8\0|utf 8|ねこ|../utf8|" + "a" * 1000),
+        ):  # fmt: skip
+            for name in names.split("|"):
+                with self.subTest(name):
+                    self.assertEqual(haineko.iana_charset(name), wanted)
 
     def test_every_charset_of_python_that_is_taken_can_be_written(self):
         import encodings.aliases
 
-        names = {
-            haineko.iana_charset(name) for name in {*encodings.aliases.aliases, *encodings.aliases.aliases.values()}
-        }
+        aliases = {*encodings.aliases.aliases, *encodings.aliases.aliases.values()}
+        names = {haineko.iana_charset(name) for name in aliases} - {""}
         self.assertGreater(len(names), 50)
-        for name in names - {""}:
+        for name in names:
             with self.subTest(name):
-                form = document(header={"subject": "é 日本", "charset": name}, body="Meow\n")
-                form["header"]["from"] = "kijitora@example.org"
+                self.assertRegex(name, r"\A[A-Za-z0-9_-]+\Z")
+                form = document(header={"subject": "é 日本", "charset": name, "from": "kijitora@example.org"})
                 self.assertIn(b"charset=", composed(form))
                 self.assertEqual(haineko.decode_charset(b"Meow", name), "Meow")
-        for name in ("ISO-2022-JP-2", "ISO-2022-KR"):
-            octets = composed(document(header={"subject": "\x1b\x0e", "charset": name}, body="\x1b$A\x1b.A\x0e"))
+        jis, yen = "\x1b$A\x1b.A\x0e", "¥1,980\n"  # yen: the codecs write a backslash
+        for name, body in {"ISO-2022-JP-2": jis, "ISO-2022-KR": jis, "EUC-JP": yen, "Shift_JIS": yen}.items():
+            octets = composed(document(header={"subject": body[:-1], "charset": name}, body=body))
             self.assertIn(b"charset=UTF-8", octets)
-        for name in ("EUC-JP", "Shift_JIS"):  # whose codecs write a backslash for it
-            octets = composed(document(header={"subject": "x", "charset": name}, body="¥1,980\n"))
-            self.assertIn(b"charset=UTF-8", octets)
-
-    def test_a_list_of_mailboxes_loses_none(self):
-        for text, wanted in (
-            ("a@example.jp, B <b@example.jp>", ["a@example.jp", "b@example.jp"]),
-            ("B <b@example.jp>, a@example.jp", ["b@example.jp", "a@example.jp"]),
-            ("b@example.jp <c@example.jp>", ["c@example.jp"]),
-            ("Yamada, Taro <taro@example.jp>", ["taro@example.jp"]),
-        ):
-            with self.subTest(text):
-                found = understood(document(rcpt=None, header={"subject": "x", "to": text}))
-                self.assertEqual(list(found.rcpt), wanted)
-                raw = f"From: x@example.org\nTo: {text}\nCc: undisclosed-recipients:;\nSubject: x\n\nMeow\n"
-                self.assertEqual(list(understood({"mail": "x@example.org", "raw": raw}).rcpt), wanted)
-        raw = "From: x@example.org\nTo: a@example.jp\nCc: c@example.jp <d@example.jp> e\nSubject: x\n\nMeow\n"
-        rcpt = understood({"mail": "x@example.org", "raw": raw}).rcpt  # versions of Python read this Cc in several ways
-        self.assertEqual(rcpt[0], "a@example.jp")
-        self.assertGreater(len(rcpt), 1)
-
-    def test_a_field_of_comments_in_comments_is_refused_and_not_lost(self):
-        deep = "\n ".join(["(" * 900] * 20)
-        rcpt = understood({"mail": "x@example.org", "raw": f"To: a@example.jp\nCc: {deep}\nSubject: x\n\nMeow\n"}).rcpt
-        self.assertEqual((rcpt[0], len(rcpt)), ("a@example.jp", 2))
-
-    def test_what_is_too_long_in_ascii_is_no_address(self):
-        self.assertIsNone(haineko.parse_address("a" * 150 + "@" + "é." * 20 + "jp"))
-        found = haineko.parse_address("a" * 50 + "@" + "é." * 15 + "jp")
-        self.assertEqual(haineko.parse_address(found.addr_spec).addr_spec, found.addr_spec)
-
-    def test_jis_in_lists_without_end_is_refused(self):
-        form = document(header={"subject": "x", "charset": "ISO-2022-JP"}, body="\x1b")
-        form["header"]["x-haineko-loop"] = []
-        deep = json.dumps(form).replace("[]", "[" * 3000 + "]" * 3000)
-        self.assertEqual(haineko.parse_submission(deep.encode())[1], ["nested too deeply"])
-
-    def test_long_names_of_what_a_message_passed_are_not_remembered(self):
-        raw = f"From: x@example.org\nX-Haineko-Loop: {'x' * 900}\n {'x' * 900},\n a.example\nSubject: x\n\nMeow\n"
-        self.assertEqual(
-            understood({"mail": "x@example.org", "rcpt": "a@b.jp", "raw": raw}).header.loop, ("a.example",)
-        )
 
     def test_a_long_name_and_an_encoded_word_are_two_lines(self):
         for name in ("X-" + "a" * 72, "X-" + "a" * 52):
@@ -3252,351 +3227,88 @@ class Submissions(Quiet):
             self.assertLess(max(map(len, lines)), 77)
             self.assertNotIn("?B??=", "".join(lines))
 
-    def test_names_that_a_mail_has_passed(self):
-        cases = [
-            ("a.example", ("a.example",)),
-            ("a.example, b.example", ("a.example", "b.example")),
-            ([], ()),
-            ("", ()),
-            (["a.example", "b.example,c.example"], ("a.example", "b.example", "c.example")),
-            ([" a "], ("a",)),
-        ]
-        for value, wanted in cases:
-            with self.subTest(value):
-                self.assertEqual(self.understood({"header": {"x-haineko-loop": value}}).header.loop, wanted)
-
-    JIS = (
-        ("\x1b$B$M$3\x1b(B", "ねこ"),
-        ("\x1b$@$M$3\x1b(J", "ねこ"),
-        ("cat \x1b$B$M$3\x1b(B cat \x1b$B$M$3\x1b(B", "cat ねこ cat ねこ"),
-        ("\x1b(I6^\x1b(B", "ｶﾞ"),
-        ("\x1b$B-!\x1b(B", "①"),
-        ("\x1b$B|b\x1b(B", "髙"),
-        ("\x1b$B-j\x1b(B", "㈱"),
-        ("\x1b$B!A\x1b(B", "～"),
-        ("a\x1b(Jb\x1b(Bc", "abc"),
-        ("\x1b(J\\100~\x1b(B\\", "¥100‾\\"),
-        ("plain", "plain"),
-    )
-
     def test_strings_that_hold_iso_2022_jp(self):
         for held, meant in self.JIS:
-            escaped = document(body=held, header={"subject": held, "charset": "ISO-2022-JP"})
-            spelt = json.dumps(escaped, ensure_ascii=False).encode().replace(b"\\u001b", b"\x1b")
-            for form, octets in (("escaped", as_body(escaped)), ("raw", spelt)):
-                with self.subTest(held, form=form):
-                    found = self.understood(octets)
+            octets = as_body(document(body=held, header={"subject": held, "charset": "ISO-2022-JP"}))
+            for form in (octets, octets.replace(b"\\u001b", b"\x1b")):
+                with self.subTest(form):
+                    found = understood(form)
                     self.assertEqual((found.header.subject, found.body), (meant, meant))
-
-    def test_names_that_hold_iso_2022_jp(self):
         held = "\x1b$B%-%8%H%i\x1b(B <kijitora@example.com>"
-        header = {"from": held, "replyto": held, "charset": "iso-2022-jp"}
-        found = self.understood(as_body(document(header=header)).replace(b"\\u001b", b"\x1b")).header
-        self.assertEqual([(name, item.addr_spec) for name, item in found.from_], [("キジトラ", "kijitora@example.com")])
+        found = understood(document(header={"from": held, "replyto": held, "charset": "iso-2022-jp"})).header
+        self.assertEqual(addresses(found.from_), [("キジトラ", "kijitora@example.com")])
         self.assertEqual(found.replyto, found.from_)
-
-    def test_strings_that_say_so_and_are_not(self):
-        cases = [
-            ("\x1b$B$\x1b(B", "ends within a character"),
-            ("\x1b$B$M\nx\x1b(B", "isn't"),
-            ("\x1b$B \x1b(B", ""),
-            ("\x1b$B~~\x1b(B", "unassigned"),
-            ("\x1b$(D0!\x1b(B", "not ISO-2022-JP's"),
-        ]
-        for held, words in cases:
-            for key, change in (("body", {"body": held}), ("header.subject", {"header": {"subject": held}})):
-                with self.subTest(held, key=key):
-                    submission = document(**change)
-                    submission["header"]["charset"] = "ISO-2022-JP"
-                    faults = self.faults(submission)
-                    self.assertEqual(len(faults), 1, faults)
-                    self.assertTrue(faults[0].startswith(f"{key}: ") and words in faults[0], faults)
-
-    def test_escapes_mean_nothing_in_other_charsets(self):
-        found = self.understood(document(body="\x1b$B$M$3\x1b(B"))
-        self.assertEqual(found.body, "\x1b$B$M$3\x1b(B")
-        found = self.understood(document(body="ね\x1b$B$M$3\x1b(B", header={"charset": "ISO-2022-JP"}))
-        self.assertEqual(found.body, "ね\x1b$B$M$3\x1b(B")
-
-
-FAULTS = [
-    ({"html": 1}, "html: expected a string, got a number"),
-    ({"attachments": "x"}, "attachments: expected an object, got a string"),
-    ({"attachments": [file(), "x"]}, "attachments[1]: expected an object, got a string"),
-    ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
-    ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
-    ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
-    ({"attachments": [{"content": 1}]}, "attachments[0].content: expected a string, got a number"),
-    *[({"attachments": [{"content": text}]}, "attachments[0].content: is not base64") for text in
-      ("a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!", "=abc",
-       "ab\0c")],
-    ({"attachments": [file(name="a.pdf")]}, 'attachments[0].name: unknown key; did you mean "filename"?'),
-    *[({"attachments": [file(name)]}, f'attachments[0].filename: expected a name without a path, got "{name}"')
-      for name in ("a/b", "../x", "C:\\x", "..", ".", "/")],
-    *[({"attachments": [file(f"a{odd}b")]}, "attachments[0].filename: has a control character")
-      for odd in "\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066"],
-    ({"attachments": [file("a\r\nBcc: x@example.jp")]}, "attachments[0].filename: has a control character"),
-    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: 256 characters exceed the limit of 255"),
-    *[({"attachments": [file(type=kind)]}, "attachments[0].type: expected a media type like")
-      for kind in ("pdf", "a/b/c", "a/b; c", "a/b; c=é", "text/plain; a=\"", "a /b", "a/", "/b", "猫/b", "a/b;c=d e",
-          "a/b" * 99)],
-    ({"attachments": [file(type="a/b\r\nBcc: x@example.jp")]}, "attachments[0].type: has a CR, LF or NUL"),
-    ({"attachments": [file(type="multipart/mixed; boundary=x")]},
-     "attachments[0].type: multipart/mixed can't be attached"),
-    ({"attachments": [file(type="message/partial")]}, "attachments[0].type: message/partial can't be attached"),
-    ({"attachments": [file(octets="猫".encode(), type="message/rfc822")]},
-     "attachments[0].type: message/rfc822 must be ASCII"),
-    ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
-     "attachments[0].type: message/rfc822 must be ASCII"),
-    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]},
-     "attachments[0].type: message/rfc822 must be ASCII"),
-    *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
-      "x" * 201, 1)],
-    ({"html": "<img src='cid:logo'>"}, 'html: "cid:logo" has no attachment with this cid'),
-    ({"html": "x", "attachments": [file(cid="logo")]}, 'attachments[0].cid: the HTML has no "cid:logo"'),
-    ({"attachments": [file(contentType="a/b")]}, 'attachments[0].contentType: unknown key; did you mean "type"?'),
-    ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
-    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: expected true or false, got a string"),
-    ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
-    *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in [
-        ("to", "a", 'expected "name <address>"'), ("cc[1]", ["a@example.jp", 1], "expected a string"),
-        ("to", "a@straße.de", 'expected "name <address>", got "a@straße.de"; U+00DF has two readings in a domain'),
-        ("from", "A <a@x>\r\nBcc: b@x", "has a CR, LF or NUL"),
-        ("bcc", {"a": 1}, "expected a string, got an object"), ("message-id", "a@b", 'expected "<left@right>"'),
-        ("Message_ID", "<a b@c>", 'expected "<left@right>"'), ("message-id", "<a@b> <c@d>",
-         'expected "<left@right>"'),
-        ("references[1]", ["<a@b>", "c"], 'expected "<left@right>'), ("in-reply-to", 1, "expected a string"),
-        ("date", "2014-01-03", "expected a date like"),
-        ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
-        ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has an unprintable character"), ("importance", "urgent",
-         "expected high or normal or low"),
-        ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
-         "expected printable ASCII"),
-        ("precedence", "bulk\0", "has an unprintable character"), ("organization", "a\nb", "has a CR, LF or NUL"),
-        ("x-a", 1, "expected a string, got a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
-        ("x-a", {"b": 1}, "expected a string, got an object"), ("disposition-notification-to", "a",
-         'expected "name <address>"'),
-        ("resent-to", "a@example.jp", "unknown key"), ("x-", "a", "unknown key"), ("x-a b", "a", "unknown key"),
-        ("x-a:", "a", "unknown key"), ("x-" + "a" * 73, "a", "unknown key"), ("X-猫", "a", "unknown key"),
-        ("mail", "a", "unknown key"), ("organisation", "a", 'unknown key; did you mean "organization"?'),
-        *[(key, "a", "Haineko makes this field itself") for key in (
-            "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
-            "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
-    ]],
-    ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
-    ({"header": {"x-a": ["a"] * 1001}}, "header: more than 1000 fields or 102400 characters"),
-    ({"header": {f"x-{i}": "a" for i in range(1001)}}, "header: more than 1000 fields or 102400 characters"),
-    ({"header": {"x-a": ["a" * 1000] * 103}}, "header: more than 1000 fields or 102400 characters"),
-    ({"header": {"to": ["a@b"] * 2001}}, "header.to: 2001 addresses exceed the limit of 2000"),
-    ({"header": {"to": "a@b," * 2001}}, 'header.to: expected "name <address>"'),
-    ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
-     "header.Reply-To: means the same as replyto, which is set already"),
-    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: means the same as x-a, which is set already"),
-    ({"raw": "From: a@example.jp\n\nx", "header": {"subject": "x"}}, "header: can't stand beside raw"),
-    *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw")
-      for key, value in (("body", "x"), ("html", "x"), ("attachments", []))],
-    *[({"raw": raw}, said) for raw, said in [
-        (1, "raw: expected a string, got a number"), ({"base64": "*"}, "raw.base64: is not base64"),
-        ({"base64": 1}, "raw.base64: expected a string"), ({"bas64": ""},
-         'raw.bas64: unknown key; did you mean "base64"?'),
-        ("A: b\nhello\nC: d\n\nx", 'raw: line 2 is neither a header field nor the empty line behind them: "hello"'),
-        ("no header\n", "raw: has no header"), ("A: b\rBcc: c\n\nx", "raw: header A: has a CR or NUL"),
-        ("A: b\0\n\nx", "raw: header A: has a CR or NUL"), ("A: " + "x" * 998 + "\n\nx",
-         "raw: header A: has a line longer than 998"),
-        ("\ud800", "raw: has half a surrogate pair at character 0")]],
-]  # fmt: skip
-
-
-class Later(Quiet):
-    def test_send_at(self):
-        cases = (
-            (1798113600, 1798113600),
-            (0, 0),
-            (-5, -5),
-            ("2026-12-24T12:00:00Z", 1798113600),
-            ("2026-12-24T21:00:00+09:00", 1798113600),
-            ("2026-12-24T21:00+0900", 1798113600),
-            ("2026-12-24T07:30:00.250-04:30", 1798113600.25),
-            ("2026-12-24T12:00:00", None),
-            ("2026-12-24", None),
-            ("2026-02-30T12:00:00Z", None),
-            ("2026-12-24T12:00:00Z ", None),
-            ("tomorrow", None),
-            ("", None),
-            (1798113600.5, None),
-            (True, None),
-            ([], None),
-        )
-        for value, wanted in cases:
-            with self.subTest(value):
-                found, errors, _ = haineko.parse_submission(as_body(document(send_at=value)))
-                self.assertEqual(found and found.send_at, wanted)
-                self.assertEqual([error.partition(":")[0] for error in errors], [] if found else ["send_at"])
-
-    def test_send_at_needs_a_queue_and_30_days(self):
-        days = 30 * 86400
-        for value, why in ((int(NOW), "send_at"), (0, "send_at"), (int(NOW) + days + 2, "send_at: expected a time at")):
-            with self.subTest(value):
-                status, found = posted(document(send_at=value))
-                self.assertEqual(status, 400)
-                self.assertIn(why, found["response"][0]["message"][1])
-
-
-class PartsRefused(Quiet):
-    def test_faults(self):
-        for changes, wanted in FAULTS:
-            submission = document() if "raw" not in changes else {"mail": "a@example.org", "rcpt": "b@example.jp"}
-            submission = {
-                **submission,
-                **changes,
-                "header": {**submission.get("header", {}), **(changes.get("header") or {})},
-            }
-            submission["header"] = submission["header"] or None
-            with self.subTest(str(changes)[:100]):
-                _, faults, _ = haineko.parse_submission(as_body(submission))
-                self.assertTrue(faults)
-                self.assertIn(wanted, faults[0])
-                self.assertEqual({fault.partition(":")[0] for fault in faults}, {faults[0].partition(":")[0]})
-                self.assertNotRegex("".join(faults), r"[\r\n\0]")
-
-    def test_a_key_twice_and_a_key_unknown_are_both_named(self):
-        body = b'{"mail": "a@b", "rcpt": ["c@d"], "header": {"subject": "1", "subject": "2", "Foo": 1, "X-a": "1"}}'
-        self.assertEqual(
-            haineko.parse_submission(body)[1], ["header.subject: duplicate key", "header.Foo: unknown key"]
-        )
-
-    def test_what_is_empty(self):
-        for changes, wanted in [
-            ({"body": None, "html": ""}, "Message body is empty"), ({"body": None, "attachments": [file()]},
-             "Message body is empty"),
-            ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"), ({"rcpt": [],
-             "header": {"to": "a@b.jp"}},
-             "User address required"), ({"rcpt": None}, "User address required"),
-            ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Invalid submission"),
-        ]:  # fmt: skip
-            with self.subTest(wanted):
-                status, answer = posted(document(**changes))
-                self.assertEqual((status, answer["response"][0]["message"][0]), (400, wanted))
-        status, answer = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": ""})
-        wanted = ["Message body is empty", "raw: it has no header fields"]
-        self.assertEqual((status, answer["response"][0]["message"]), (400, wanted))
-
-    def test_the_size_is_that_of_the_finished_message(self):
-        submission = document(attachments=[file("a.bin", b"x" * 30000)])
-        size = len(composed(submission))
-        for limit, status in ((size, 200), (size - 1, 413)):
-            force = settings(smtpd={"hostname": NAME, "max_message_size": limit})
-            self.assertEqual(posted(submission, force)[0], status)
 
 
 class RawMessages(Quiet):
-    HEAD = (
-        "From: a@example.org\nTo: A <a@example.jp>,\n b@example.jp\nCc: c@example.jp\nBcc: d@example.jp\nSubject: Nya\n"
-    )
+    HEAD = "From: a@x.org\nTo: A <a@x.jp>,\n b@x.jp\nCc: c@x.jp\nBcc: d@x.jp\nSubject: Nya\n"
+    HEAD_ALONE = b"From: a@x.org\r\nTo: b@x.jp\r\nDate: Fri, 3 Jan 2014 18:35:58 +0900\r\nMessage-ID: <a@b>\r\n"
+    MIXED = "MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=b\n\n"
 
-    def raw(self, message, **more) -> dict:
-        return {"mail": "kijitora@example.org", "raw": message, **more}
+    def sent(self, message, *downgraded) -> bytes:
+        """A finished message as it leaves, to a path without SMTPUTF8 and 8BITMIME where `downgraded` says so."""
+        found = composed(finished(message, rcpt="z@example.jp"))
+        return haineko.downgrade_8bit(found, *downgraded) if downgraded else found
 
     def test_what_is_put_on_and_what_is_taken_off(self):
-        octets = composed(
-            self.raw(self.HEAD + "Return-Path: <x>\nX-Haineko-Loop: r1,\n r2\n\nMeow.\n.\n", rcpt="z@example.jp")
-        )
-        names = [line.partition(b":")[0] for line in re.split(rb"\r\n(?![ \t])", octets.partition(b"\r\n\r\n")[0])]
-        self.assertEqual(names, [b"Received", b"From", b"To", b"Cc", b"Subject", b"Date", b"Message-Id",
-                                 b"X-Haineko-Loop"])  # fmt: skip
+        octets = self.sent(self.HEAD + "Return-Path: <x>\nX-Haineko-Loop: r1,\n r2\n\nMeow.\n.\n")
+        names = "Received From To Cc Subject Date Message-Id X-Haineko-Loop"
+        self.assertEqual(" ".join(name for name, _ in raw_fields(octets)), names)
         self.assertIn(f"\r\nX-Haineko-Loop: r1, r2, {NAME}\r\n".encode(), octets)
         self.assertIn(b" with HTTP id QQQQQQQQQQQQQQQQ;", octets)
         self.assertTrue(octets.endswith(b"\r\n\r\nMeow.\r\n.\r\n"))
 
     def test_what_it_says_itself_stays(self):
-        head = (
-            "Received: x\nMessage-ID: <a@b>\nDate: Fri, 3 Jan 2014 18:35:58 +0900\nFrom: a@example.org\nX-Odd:  y  \n"
-        )
-        head += "Subject: " + "s " * 60 + "\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=XX\n\n"
-        body = "--XX\nContent-Type: text/plain\n\nFrom a\n\n--XX--\n"
-        for form in (
-            head + body,
-            (head + body).replace("\n", "\r\n"),
-            {"base64": base64.b64encode((head + body).encode()).decode()},
-        ):
-            octets = composed(self.raw(form, rcpt="z@example.jp"))
+        head = "Received: x\nMessage-ID: <a@b>\nDate: Fri, 3 Jan 2014 18:35:58 +0900\nFrom: a@example.org\n"
+        head += "X-Odd:  y  \nSubject: " + "s " * 60 + "\n" + self.MIXED
+        body = "--b\nContent-Type: text/plain\n\nFrom a\n\n--b--\n"
+        for form in (head + body, (head + body).replace("\n", "\r\n"), (head + body).encode()):
+            octets = self.sent(form)
             for line in head.split("\n")[:-2]:
                 self.assertIn(f"\r\n{line}\r\n".encode(), octets)
             self.assertTrue(octets.endswith(b"\r\n\r\n" + body.replace("\n", "\r\n").encode()))
             self.assertEqual((octets.lower().count(b"\r\nmessage-id:"), octets.count(b"\r\nDate:")), (1, 1))
 
     def test_bodies_that_no_line_can_hold(self):
-        kinds = ["text/html; charset=UTF-8", "text/plain", "application/x-cat", "text/html; charset=bogus"]
-        for kind in kinds:
-            for coding in ("", "Content-Transfer-Encoding: 8bit\n", "Content-Transfer-Encoding: binary\n"):
-                for body in ("x" * 2000 + "\n", "猫\n" + "y" * 999 + "\n", "a\0b\n"):
-                    with self.subTest(kind, coding=coding, body=body[:3]):
-                        octets = composed(self.raw(f"{self.HEAD}Content-Type: {kind}\n{coding}\n{body}"))
-                        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
-                        self.assertNotIn(b"\0", octets)
-                        found = email.message_from_bytes(octets)
-                        lines = body if "binary" in coding and "x-cat" in kind else body.replace("\n", "\r\n")
-                        self.assertEqual(found.get_payload(decode=True), lines.encode())
-                        self.assertEqual((found["subject"], found.get_content_type()), ("Nya", kind.partition(";")[0]))
-
-    def test_a_line_that_nothing_can_shorten_is_refused(self):
-        body = "--XX\nContent-Type: text/plain\nX-Long: " + "x" * 999 + "\n\na\n--XX--\n"
-        status, answer = posted(self.raw(f"{self.HEAD}Content-Type: multipart/mixed; boundary=XX\n\n{body}"))
-        self.assertEqual((status, answer["response"][0]["code"], answer["response"][0]["message"]),
-                         (400, "554", ["Message has a NUL, or a line longer than 998 octets"]))  # fmt: skip
-
-    def test_recipients_and_loops(self):
-        found = understood(self.raw(self.HEAD + "\nx"))
-        self.assertEqual(found.rcpt, ("a@example.jp", "b@example.jp", "c@example.jp", "d@example.jp"))
-        self.assertEqual(understood(self.raw(self.HEAD + "\nx", rcpt=["z@example.jp"])).rcpt, ("z@example.jp",))
-        for value, status in ((NAME, 400), (", ".join(f"r{i}" for i in range(26)), 400), ("r1", 200)):
-            self.assertEqual(posted(self.raw(f"A: b\nX-Haineko-Loop: {value}\n\nx", rcpt="a@example.jp"))[0], status)
+        kinds = ("text/html; charset=UTF-8", "text/plain", "application/x-cat", "text/html; charset=bogus")
+        codings = ("", "Content-Transfer-Encoding: 8bit\n", "Content-Transfer-Encoding: binary\n")
+        bodies = ("x" * 2000 + "\n", "猫\n" + "y" * 999 + "\n", "a\0b\n")
+        for kind, coding, body in itertools.product(kinds, codings, bodies):
+            with self.subTest(kind, coding=coding, body=body[:3]):
+                octets = self.sent(f"{self.HEAD}Content-Type: {kind}\n{coding}\n{body}")
+                self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
+                self.assertNotIn(b"\0", octets)
+                found = email.message_from_bytes(octets)
+                lines = body if "binary" in coding and "x-cat" in kind else body.replace("\n", "\r\n")
+                self.assertEqual(found.get_payload(decode=True), lines.encode())
+                self.assertEqual((found["subject"], found.get_content_type()), ("Nya", kind.partition(";")[0]))
 
     def test_in_seven_bits(self):
         """What is said to a server that knows ASCII only is what was given."""
         head = "From: 猫 <a@example.org>\nTo: =?UTF-8?B?54yr?= <b@example.jp>\nSubject: 謹賀新年\nX-A: b\n"
-        head += "MIME-Version: 1.0\n"
-        part = (
-            'Content-Type: application/pdf; name="猫.pdf"\nContent-Disposition: attachment; filename="猫.pdf"\n\n%PDF\n'
-        )
         text = "Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n猫\n"
-        body = f"--XX\n{text}--XX\n{part}--XX--\n"
-        octets = (head + "Content-Type: multipart/mixed; boundary=XX\n\n" + body).replace("\n", "\r\n").encode()
+        part = 'Content-Type: a/pdf; name="猫.pdf"\nContent-Disposition: attachment; filename="猫.pdf"\n\n%PDF\n'
+        octets = f"{head}{self.MIXED}--b\n{text}--b\n{part}--b--\n".replace("\n", "\r\n").encode()
         found = haineko.downgrade_8bit(octets)
         self.assertTrue(found.isascii())
         message = parsed(found)
-        self.assertEqual((message["from"], message["to"], message["subject"], message["x-a"]),
-                         ("猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"))  # fmt: skip
+        shown = [message[name] for name in ("from", "to", "subject", "x-a")]
+        self.assertEqual(shown, ["猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"])
         self.assertEqual(text_in(message.get_payload(0)), "猫")
         self.assertEqual(message.get_payload(1).get_filename(), "猫.pdf")
         self.assertEqual(message.get_payload(1).get_payload(decode=True), b"%PDF")
         for field in ("From: 猫@example.org", "Cc: A <猫@example.org>, b@example.jp"):
             self.assertFalse(haineko.downgrade_8bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
 
-    def sent(self, octets: bytes, downgraded: tuple = ()) -> bytes:
-        """A finished message as it leaves, to a path without SMTPUTF8 and 8BITMIME where `downgraded` says so."""
-        found = composed(self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp"))
-        return haineko.downgrade_8bit(found, *downgraded) if downgraded else found
-
-    HEAD_ALONE = (
-        b"From: a@example.org\r\nTo: b@example.jp\r\nDate: Fri, 3 Jan 2014 18:35:58 +0900\r\nMessage-ID: <a@b>\r\n"
-    )
-
     def test_what_a_path_can_carry_stays(self):
-        mime = (
-            b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
-        )
-        parts = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
-        parts += b"for nobody\r\n--b\r\n\r\nx  \r\n--b \r\n"
-        for what, message in (
-            ("a line of 79", b"\r\n" + b"a" * 79 + b"\r\n"),
-            ("a line of 998 and a form feed", b"\r\n\f" + b"a" * 997 + b"\r\n"),
-            ("ISO-2022-JP", b'\r\n\x1b$B$"$$\x1b(B\r\n'),
-            ("8 bits", mime + b"\r\nGr\xfc\xdfe\r\n"),
-            ("parts", parts + b"Content-Type : image/png\r\n\r\n\x89\r\n--b--\r\n\r\n"),
-            ("a quoted boundary", parts.replace(b"=b", b'="b"') + b"\r\nx\r\n--b--"),
-        ):
-            with self.subTest(what):
+        mime = b"Content-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
+        parts = (self.MIXED + "for nobody\n--b\n\nx  \n--b \n").replace("\n", "\r\n").encode()
+        for message in (
+            b"\r\n" + b"a" * 79 + b"\r\n", b"\r\n\f" + b"a" * 997 + b"\r\n", b'\r\n\x1b$B$"$$\x1b(B\r\n',
+            mime + b"\r\nGr\xfc\xdfe\r\n", parts + b"Content-Type : image/png\r\n\r\n\x89\r\n--b--\r\n\r\n",
+            parts.replace(b"=b", b'="b"') + b"\r\nx\r\n--b--",
+        ):  # fmt: skip
+            with self.subTest(message):
                 octets = b"Subject:  x\r\n" + message
                 found = self.sent(self.HEAD_ALONE + octets)
                 head, _, body = octets.partition(b"\r\n\r\n")
@@ -3609,35 +3321,29 @@ class RawMessages(Quiet):
         self.assertEqual(found.count(b"From"), 1)
 
     def test_octets_in_a_header(self):
-        for what, field, wanted in (
-            ("a parameter", "Content-Type: text/plain; name=café.txt; x=y",
-             "text/plain;\r\n name*=UTF-8''caf%C3%A9.txt; x=y"),
-            ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1',
-             "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
-            ("two", "Content-Type: a/b; x=é; y=é", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
-            ("an extended one", "Content-Type: a/b; x*=UTF-8''a%20é; y=z", "a/b; x*=UTF-8''a%20%C3%A9; y=z"),
-            ("one in both forms", "Content-Disposition: a; filename=\"é\"; Filename*=UTF-8''%C3%A9; x=y",
-             "a; Filename*=UTF-8''%C3%A9; x=y"),
-            ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)",
-             "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
-            ("Received", "Received: from a (é [192.0.2.1]) by b; x",
-             "from a (=?UTF-8?B?w6kgWzE5Mi4wLjIuMV0=?=) by b; x"),
-            ("words beside words", "Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=",
-             "=?UTF-8?Q?a?= =?UTF-8?B?IMOpIA==?= =?UTF-8?Q?b?="),
-            ("an empty group", "Cc: é:;", "=?UTF-8?B?w6k=?= :;"),
-            ("a group", 'Cc: "é ü": a@x.jp, ö <b@x.jp> (ä), c@x.jp;',
-             "=?UTF-8?B?w6kgw7w=?= : a@x.jp, =?UTF-8?B?w7Y=?= <b@x.jp>\r\n (=?UTF-8?B?w6Q=?=), c@x.jp;"),
-            ("a name", "Reply-To: é <a@example.jp>", "=?UTF-8?B?w6k=?= <a@example.jp>"),
-            ("octets of an unknown charset", "X-A: a é".encode("latin-1"), "=?unknown-8bit?B?YSDp?="),
-            ("these in a name", "Cc: é <b@x.jp> (ü)".encode("latin-1"),
-             "=?unknown-8bit?B?6Q==?= <b@x.jp> (=?unknown-8bit?B?/A==?=)"),
-            ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "=?iso-8859-1?Q?Gr=FC=DFe?="),
-            ("one beside octets", "Subject: =?UTF-8?Q?ü=C3=BC?= ä",
-             "=?UTF-8?Q?=C3=BC=C3=BC?= =?UTF-8?B?IMOk?="),
+        for field, wanted in (
+            ("Content-Type: text/plain; name=café.txt; x=y", "text/plain;\r\n name*=UTF-8''caf%C3%A9.txt; x=y"),
+            ('Content-Disposition: attachment; filename="é\\".txt"; size=1',
+                "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
+            ("Content-Type: a/b; x=é; y=é", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
+            ("Content-Type: a/b; x*=UTF-8''a%20é; y=z", "a/b; x*=UTF-8''a%20%C3%A9; y=z"),
+            ("Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)",
+                "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
+            ("Received: from a (é [192.0.2.1]) by b; x", "from a (=?UTF-8?B?w6kgWzE5Mi4wLjIuMV0=?=) by b; x"),
+            ("Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=", "=?UTF-8?Q?a?= =?UTF-8?B?IMOpIA==?= =?UTF-8?Q?b?="),
+            ("Cc: é:;", "=?UTF-8?B?w6k=?= :;"),
+            ('Cc: "é ü": a@x.jp, ö <b@x.jp> (ä), c@x.jp;',
+                "=?UTF-8?B?w6kgw7w=?= : a@x.jp, =?UTF-8?B?w7Y=?= <b@x.jp>\r\n (=?UTF-8?B?w6Q=?=), c@x.jp;"),
+            ("Reply-To: é <a@example.jp>", "=?UTF-8?B?w6k=?= <a@example.jp>"),
+            ("X-A: a é".encode("latin-1"), "=?unknown-8bit?B?YSDp?="),
+            ("Cc: é <b@x.jp> (ü)".encode("latin-1"), "=?unknown-8bit?B?6Q==?= <b@x.jp> (=?unknown-8bit?B?/A==?=)"),
+            ("Content-Disposition: a; filename=\"é\"; Filename*=UTF-8''%C3%A9; x=y", "a; Filename*=UTF-8''%C3%A9; x=y"),
+            (b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "=?iso-8859-1?Q?Gr=FC=DFe?="),
+            ("Subject: =?UTF-8?Q?ü=C3=BC?= ä", "=?UTF-8?Q?=C3=BC=C3=BC?= =?UTF-8?B?IMOk?="),
         ):  # fmt: skip
-            with self.subTest(what):
+            with self.subTest(field):
                 octets = field if isinstance(field, bytes) else field.encode()
-                found = self.sent(b"From: a@example.org\r\n" + octets + b"\r\n\r\nx\r\n", (True,))
+                found = self.sent(b"From: a@example.org\r\n" + octets + b"\r\n\r\nx\r\n", True)
                 self.assertTrue(found.isascii())
                 self.assertIn(f"\r\n{octets.partition(b':')[0].decode()}: {wanted}\r\n".encode(), found)
 
@@ -3645,9 +3351,8 @@ class RawMessages(Quiet):
         for shape in ("é,", "é ", '"é",', "é:a@b,", "(é)", "<é>"):
             seconds = []
             for count in (4000, 32000):
-                octets = b"To: " + (shape * count).encode() + b"\r\n"
                 began = time.process_time()
-                haineko.encode_field("to", octets, "")
+                haineko.encode_field("to", b"To: " + (shape * count).encode() + b"\r\n", "")
                 seconds.append(time.process_time() - began)
             with self.subTest(shape, seconds=seconds):
                 self.assertLess(seconds[1], 24 * max(seconds[0], 0.01))  # 8 times as long, not 64
@@ -3655,20 +3360,18 @@ class RawMessages(Quiet):
     def test_octets_in_a_header_that_have_no_form_in_ascii(self):
         for field in ("Message-ID: <ü@example.org>", "References: <é@b>", "From: é@example.org", "Content-ID: <é>"):
             with self.subTest(field):
-                octets = f"X-A: é\r\n{field}\r\n\r\nx\r\n".encode()
-                found = haineko.downgrade_8bit(octets)
-                self.assertEqual(haineko.non_ascii_fields(found), [field.partition(":")[0].lower()])
-                if not field.startswith("From"):
-                    octets = {"base64": base64.b64encode(field.encode("latin-1") + b"\n\nx").decode()}
-                    faults = haineko.parse_submission(as_body(self.raw(octets))).errors
-                    self.assertEqual(len(faults), 1)
-                    self.assertIn(f"header {field.partition(':')[0]}: ", faults[0])
+                name = field.partition(":")[0]
+                found = haineko.downgrade_8bit(f"X-A: é\r\n{field}\r\n\r\nx\r\n".encode())
+                self.assertEqual(haineko.non_ascii_fields(found), [name.lower()])
+                if name != "From":
+                    (error,) = errors_in(finished(field.encode("latin-1") + b"\n\nx"))
+                    self.assertIn(f"header {name}: ", error)
 
     def test_header_and_body_are_changed_each_on_its_own(self):
         head = b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=gb2312\r\nContent-Transfer-Encoding: 8bit\r\n"
         body = "\r\n中文\r\n".encode("gb2312")
         for downgraded in ((), (True,)):
-            found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode("gb2312") + head + body, downgraded)
+            found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode("gb2312") + head + body, *downgraded)
             self.assertIn(b"\r\nSubject: =?UTF-8?B?5Lit5paH?=\r\n" + head, found)
             self.assertTrue(found.endswith(b"\r\n" + body))
         found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode() + head + body)
@@ -3677,44 +3380,35 @@ class RawMessages(Quiet):
         self.assertEqual(haineko.downgrade_8bit(found, True).partition(b"\r\n\r\n")[2], body[2:])
 
     def test_binary(self):
-        picture = b"\x89PNG\r\n\x1a\n\r\r\n\0--b"
+        picture, head = b"\x89PNG\r\n\x1a\n\r\r\n\0--b", self.HEAD_ALONE + b"MIME-Version: 1.0\r\n"
         kind = b"Content-Type: image/png\r\nContent-Transfer-Encoding: Binary\r\n\r\n" + picture
-        alone = parsed(self.sent(self.HEAD_ALONE + b"MIME-Version: 1.0\r\n" + kind))
-        self.assertEqual(alone.get_payload(decode=True), picture)
-        mixed = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n"
-        mixed += b"Content-Transfer-Encoding: binary\r\n\r\n"
-        octets = self.sent(self.HEAD_ALONE + mixed + b"--b\r\n\r\nx\r\n--b\r\n" + kind + b"\r\n--b--\r\n")
+        self.assertEqual(parsed(self.sent(head + kind)).get_payload(decode=True), picture)
+        mixed = b"Content-Type: multipart/mixed; boundary=b\r\nContent-Transfer-Encoding: binary\r\n\r\n"
+        octets = self.sent(head + mixed + b"--b\r\n\r\nx\r\n--b\r\n" + kind + b"\r\n--b--\r\n")
         self.assertNotIn(b"inary", octets)
         text, image = parsed(octets).get_payload()
         self.assertEqual((text.get_payload(), image.get_payload(decode=True)), ("x", picture))
 
     def test_what_cannot_be_parsed_is_sent_or_refused(self):
-        deep = b"Content-Type: message/rfc822\n\n"
         nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (i, i) for i in range(200))
-        for what, octets, refused in (
-            ("base64 with NUL", b"MIME-Version: 1.0\nContent-Transfer-Encoding: base64\n\nAAA\0A", None),
-            ("a multipart without parts", b"Content-Type: multipart/mixed; boundary=b\n\n\xe9", None),
-            ("half a parameter", b"Content-Type: text/plain; a*\n\n" + b"x" * 2000, None),
-            ("a charset unheard of", b'Subject: \xe9\nContent-Type: text/plain; charset="x\n\n' + b"\xe9" * 999, None),
-            ("messages in messages", deep * 3000 + b"x", "levels of parts exceed the limit of 100"),
-            ("multiparts in multiparts", nested, "levels of parts exceed the limit of 100"),
-            (
-                "parts",
-                b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--b\n\n" * 2001,
-                "parts exceed the limit of 2000",
-            ),
-            ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
-            ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
-            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 10001, None),
-        ):
-            with self.subTest(what):
-                form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
-                faults = haineko.parse_submission(as_body(form)).errors
+        mixed = b"Content-Type: multipart/mixed; boundary=b\n\n"
+        for octets, refused in (
+            (b"MIME-Version: 1.0\nContent-Transfer-Encoding: base64\n\nAAA\0A", None), (mixed + b"\xe9", None),
+            (b"Content-Type: text/plain; a*\n\n" + b"x" * 2000, None),
+            (b'Subject: \xe9\nContent-Type: text/plain; charset="x\n\n' + b"\xe9" * 999, None),
+            (b"Content-Type: message/rfc822\n\n" * 3000 + b"x", "levels of parts exceed the limit of 100"),
+            (nested, "levels of parts exceed the limit of 100"),
+            (mixed + b"--b\n\n" * 2001, "parts exceed the limit of 2000"),
+            (b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
+            (b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
+            (b"Content-Type: a/b" + b";\n a=b" * 10001, None),
+        ):  # fmt: skip
+            with self.subTest(octets[:70]):
                 if refused:
-                    self.assertEqual(len(faults), 1)
-                    self.assertIn(refused, faults[0])
+                    (error,) = errors_in(finished(octets))
+                    self.assertIn(refused, error)
                     continue
-                made = composed(form)
+                made = self.sent(octets)
                 for found in (made, haineko.downgrade_8bit(made), haineko.downgrade_8bit(made, True)):
                     self.assertTrue(found.endswith(b"\r\n"))
                     self.assertIsNone(re.search(rb"\0|[^\r\n]{999}", found))
@@ -3729,48 +3423,24 @@ class RawMessages(Quiet):
 class Row:
     """A row of the table of refusals: a fault made in a submission, in what carries it or in the settings."""
 
-    def __init__(
-        self, what: str, status: int, code: str, dsn, command: str, message: str, http=None, force=None, **change
-    ):
-        self.what, self.wanted = what, (status, code, dsn, command, message)
-        self.http, self.force, self.change = http, force or {}, change
+    def __init__(self, wanted: tuple, http=None, force=None, **change):
+        self.wanted = wanted
+        self.parts = [change, change.pop("header", {}), force or {}, http or {}]
 
-    def with_(self, later: Row) -> Row:
-        """Both faults at once; this one is told."""
-        both = Row(f"{self.what} + {later.what}", *self.wanted)
-        if self.http is not None or later.http is not None:
-            both.http = {**(later.http or {}), **(self.http or {})}
-        both.force, both.change = {**later.force, **self.force}, {**later.change, **self.change}
-        headers = [row.change.get("header", {}) for row in (later, self)]
-        if "raw" not in both.change and any(headers):
-            both.change["header"] = {**headers[0], **headers[1]}
-        return both
-
-    def agrees_with(self, later: Row) -> bool:
-        """False where the two can't be made in one request."""
-        mine, other = dict(self.change), dict(later.change)
-        headers = mine.pop("header", {}), other.pop("header", {})
-        pairs = ((mine, other), headers, (self.force, later.force), (self.http or {}, later.http or {}))
-        return not any(one.keys() & two.keys() for one, two in pairs) and not (
-            {*mine, *other} & {"raw"} and mine and other
-        )
-
-    def answered(self) -> tuple:
-        """(HTTP status, document)."""
-        change = dict(self.change)
-        body = change.pop("raw", None) or as_body(document(**change))
-        force = dict(self.force)
-        if "smtpd" in force:
-            force["smtpd"] = {"hostname": NAME, **force["smtpd"]}
-        if self.http is None:
-            return posted(body, settings(**force))
-        http = {"method": "POST", "path": "/submit", "client": "127.0.0.1", **self.http}
-        head = f"{http['method']} {http['path']} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        return over_http(head.encode() + body, settings(**force), http["client"])
+    def with_(self, later: Row) -> Row | None:
+        """Both faults at once, of which this one is told; None where one request can't have both."""
+        mine, other = ({**row.parts[0], **row.parts[1]} for row in (self, later))
+        twice = any(one.keys() & two.keys() for one, two in zip(self.parts, later.parts))
+        both = Row(self.wanted)
+        both.parts = [{**theirs, **own} for own, theirs in zip(self.parts, later.parts)]
+        return None if twice or ("raw" in {*mine, *other} and mine and other) else both
 
 
+NO_LOGIN = (401, "535", "5.7.0", "AUTH", "authentication failed")
+NO_ACCESS = (403, "500", "5.7.1", "AUTH", "Access denied")
 MALFORMED = (400, "421", None, "HTTP", "Malformed JSON string")
 INVALID = (400, "554", "5.6.0", "HTTP", "Invalid submission")
+NO_QUEUE = (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings')
 LOOP = (400, "421", "5.4.6", "CONN", "Detected message loop")
 EHLO = (400, "501", "5.0.0", "EHLO", "Invalid domain name")
 MAIL_EMPTY = (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"')
@@ -3780,118 +3450,89 @@ RCPT_MANY = (403, "452", "4.5.3", "RCPT", "Too many recipients")
 RCPT_FORM = (400, "553", "5.1.5", "RCPT", "Recipient address is invalid")
 RCPT_POLICY = (400, "553", "5.7.1", "RCPT", "Recipient address is not permitted")
 BODY_EMPTY = (400, "500", "5.6.0", "DATA", "Message body is empty")
+LINE_LONG = (400, "554", "5.6.0", "DATA", "Message has a NUL, or a line longer than 998 octets")
 TOO_BIG = (413, "552", "5.3.4", "DATA", "Message size exceeds fixed maximum message size")
 SUBJECT_EMPTY = (400, "500", "5.6.0", "DATA", "Subject header is empty")
+LONG_LINE = "Content-Type: multipart/mixed; boundary=XX\n\n--XX\nX-Long: " + "x" * 999 + "\n\na\n--XX--\n"
+PASSED = [f"r{i}.example" for i in range(26)]
 # In the order in which faults are told; of one fault, several forms.
 REFUSALS = [
-    [Row("unknown path", 404, "421", None, "HTTP", "Not found", http={"path": "/submitt"})],
+    [Row((404, "421", None, "HTTP", "Not found"), http={"path": "/submitt"})],
+    [Row((405, "421", None, "HTTP", f"{method} method not supported"), http={"method": method})
+     for method in ("GET", "PUT", "DELETE", "PATCH", "TRACE", "post")],
+    [Row(NO_LOGIN, force={"password": {"a": SettingsFile.KIJITORA}, **force})
+     for force in ({}, {"relayhosts": {"open-relay": 1}})],
+    [*[Row(NO_ACCESS, http={"client": client}) for client in ("192.0.2.1", "127.0.0.2")],
+     Row(NO_ACCESS, force={"relayhosts": {"relayhosts": ["192.0.2.0/24"]}})],
     [
-        Row(f"method {method}", 405, "421", None, "HTTP", f"{method} method not supported", http={"method": method})
-        for method in ("GET", "PUT", "DELETE", "PATCH", "TRACE", "post")
+        Row(MALFORMED, raw=b"mail=a@example.jp"), Row(MALFORMED, raw=b"[" * 100000), Row(INVALID, raw=b"[]"),
+        Row(INVALID, raw=b'{"body": "\\ud800"}'), Row(INVALID, replyto="a@example.jp"), Row(INVALID, body=1),
+        Row(INVALID, rcpt=None, header={"bcc": "a@straße.de"}), *[Row(NO_QUEUE, send_at=at) for at in (int(NOW), 0)],
+        Row(INVALID, header={"replyto": "a\r <a@example.jp>"}),
     ],
     [
-        Row("no login", 401, "535", "5.7.0", "AUTH", "authentication failed", http={},
-            force={"password": {"kijitora": SettingsFile.KIJITORA}}),
+        Row(LOOP, header={"x-haineko-loop": ["a.example", "RELAY.example.org"]}),
+        *[Row(LOOP, raw=as_body(finished(f"X-Haineko-Loop: {names}\n\nx", rcpt="a@b.jp")))
+          for names in (NAME, ", ".join(PASSED))],
+        Row(LOOP, header={"x-haineko-loop": PASSED}),
     ],
-    [Row("client", 403, "500", "5.7.1", "AUTH", "Access denied", http={"client": "192.0.2.1"})],
-    [
-        Row("not JSON", *MALFORMED, raw=b"mail=a@example.jp"),
-        Row("nothing", *MALFORMED, raw=b" "),
-        Row("a list", *INVALID, raw=b"[]"),
-        Row("not UTF-8", *MALFORMED, raw=b'{"body": "\xff"}'),
-        Row("too deep", *MALFORMED, raw=b"[" * 100000),
-        Row("NaN", *MALFORMED, raw=b'{"body": NaN}'),
-        Row("a key twice", *INVALID, raw=b'{"body": "a", "body": "a"}'),
-        Row("half a surrogate pair", *INVALID, raw=b'{"body": "\\ud800"}'),
-        Row("an unknown key", *INVALID, replyto="a@example.jp"),
-        Row("an unknown key of header", *INVALID, header={"xmailer": "a"}),
-        Row("a wrong type", *INVALID, body=1),
-        Row("an unknown charset", *INVALID, header={"charset": "klingon"}),
-        Row("LF in the subject", *INVALID, header={"subject": "a\nX-Evil: b"}),
-        Row("NUL in From", *INVALID, header={"from": "a\0 <a@example.jp>"}),
-        Row("CR in Reply-To", *INVALID, header={"replyto": "a\r <a@example.jp>"}),
-    ],
-    [
-        Row("own name in the loop", *LOOP, header={"x-haineko-loop": ["a.example", "RELAY.example.org"]}),
-        Row("26 names in the loop", *LOOP, header={"x-haineko-loop": [f"r{i}.example" for i in range(26)]}),
-    ],
-    [
-        Row(f"ehlo {name!r}", *EHLO, ehlo=name)
-        for name in ("", "a b", "-a", "a_é", "a..b", "[127.0.0.1", "[1.2.3]", "[IPv6:g]", "[::1]", "::1", "a\r\nb",
-                     "a.",
-                     "[IPv6:fe80::1%\r\nX-Evil: 1]", "[IPv6:fe80::1%eth0]", "a" * 256, "x\0")
-    ],
-    [Row("mail empty", *MAIL_EMPTY, mail=""), Row("mail null", *MAIL_EMPTY, mail=None)],
-    [
-        Row(f"mail {text!r}", *MAIL_FORM, mail=text)
-        for text in ("kijitora", "<a@example.jp>", "A <a@example.jp>", "a@example.jp,b@example.jp", "a b@example.jp",
-                     " ",
-                     "a@example.jp\r\nRCPT TO:<b@example.jp>", "a@example.jp> SIZE=1", "a@faß.de", "a\0@example.jp")
-    ],
-    [Row(f"rcpt {value!r}", *RCPT_NONE, rcpt=value) for value in ([], "", [""], None)],
-    [
-        Row("five recipients", *RCPT_MANY, rcpt=[f"r{i}@example.jp" for i in range(5)]),
-        Row("five that are none", *RCPT_MANY, rcpt=["a", "b", "c", "d", "e"]),
-        Row("two of one", *RCPT_MANY, rcpt=["a@a.jp", "b@a.jp"], force={"smtpd": {"max_rcpts_per_message": 1}}),
-    ],
-    [
-        Row(f"rcpt {text!r}", *RCPT_FORM, rcpt=[text])
-        for text in ("mikeneko", "<a@example.jp>", "a@example.jp,b@example.jp", "a@example.jp\nX: y", "a@ex ample.jp",
-                     "a\0")
-    ],
-    [
-        Row("rcpt not permitted", *RCPT_POLICY, rcpt=["a@example.jp"], force={"recipients": {"domainpart": ["a.jp"]}}),
-        Row("rcpt elsewhere", *RCPT_POLICY, rcpt=["neko@a.jp"], force={"recipients": {"recipients": ["a@a.jp"]}}),
-        Row("no section recipients", *RCPT_POLICY, rcpt=["neko@example.jp"], force={"recipients": None}),
-    ],
-    [Row("body empty", *BODY_EMPTY, body=""), Row("body null", *BODY_EMPTY, body=None)],
-    [
-        Row("a body too big", *TOO_BIG, body="x" * 2000, force={"smtpd": {"max_message_size": 1000}}),
-        Row("a message too big", *TOO_BIG, force={"smtpd": {"max_message_size": 100}}),
-    ],
-    [Row("subject empty", *SUBJECT_EMPTY, header={"subject": ""}),
-     Row("subject null", *SUBJECT_EMPTY, header={"subject": None})],
+    [Row(EHLO, ehlo=name)
+     for name in ("", "a b", "-a", "a_é", "a..b", "[127.0.0.1", "[1.2.3]", "[IPv6:g]", "[::1]", "::1", "a\r\nb", "a.",
+                  "[IPv6:fe80::1%\r\nX-Evil: 1]", "[IPv6:fe80::1%eth0]", "a" * 256, "x\0")],
+    [Row(MAIL_EMPTY, mail=""), Row(MAIL_EMPTY, mail=None)],
+    [Row(MAIL_FORM, mail=text)
+     for text in ("kijitora", " ", "a@example.jp\r\nRCPT TO:<b@example.jp>", "a@faß.de", "A <a@example.jp>")],
+    [*[Row(RCPT_NONE, rcpt=value) for value in ([], "", [""])], Row(RCPT_NONE, rcpt=[], header={"to": "a@b.jp"}),
+     Row(RCPT_NONE, rcpt=None)],
+    [*[Row(RCPT_MANY, rcpt=list(names)) for names in ([f"r{i}@example.jp" for i in range(5)], "abcde")],
+     Row(RCPT_MANY, rcpt=["a@a.jp", "b@a.jp"], force={"smtpd": {"max_rcpts_per_message": 1}})],
+    [Row(RCPT_FORM, rcpt=[text])
+     for text in ("mikeneko", "a@example.jp,b@example.jp", "a@example.jp\nX: y", "a\0", "<a@example.jp>")],
+    [Row(RCPT_POLICY, rcpt=["neko@a.jp"], force={"recipients": section})
+     for section in ({"domainpart": ["b.jp"]}, {"recipients": ["a@a.jp"]}, None)],
+    [Row(BODY_EMPTY, body=""), Row(BODY_EMPTY, body=None, html=""), Row(BODY_EMPTY, body=None, attachments=[file()]),
+     Row(BODY_EMPTY, body=None)],
+    [Row(LINE_LONG, raw=as_body(finished(LONG_LINE, rcpt="a@example.jp")))],
+    [Row(TOO_BIG, body="x" * 2000, force={"smtpd": {"hostname": NAME, "max_message_size": 1000}}),
+     Row(TOO_BIG, force={"smtpd": {"hostname": NAME, "max_message_size": 100}})],
+    [Row(SUBJECT_EMPTY, header={"subject": ""}), Row(SUBJECT_EMPTY, html="x", header={"subject": ""}),
+     Row(SUBJECT_EMPTY, header={"subject": None})],
 ]  # fmt: skip
 ITEM = {"rcpt", "error", "code", "dsn", "command", "message", "mailer", "host", "port"}
 
 
 class Policy(Quiet):
     KEYS = (
-        "queueid",
-        "addresser",
-        "recipient",
-        "response",
-        "remoteaddr",
-        "remoteport",
-        "useragent",
-        "referer",
+        "queueid", "addresser", "recipient", "response", "remoteaddr", "remoteport", "useragent", "referer",
         "timestamp",
-    )
+    )  # fmt: skip
     ITEM = ("rcpt", "error", "code", "dsn", "command", "message", "mailer", "host", "port")
 
     def check(self, row: Row) -> None:
         """The row's refusal, in the form of every answer, with one line in the log."""
+        change, header, force, http = row.parts
+        body = change.get("raw") or as_body(document(**change, header=header))
+        http = {"method": "POST", "path": "/submit", "client": "127.0.0.1", **http}
+        head = f"{http['method']} {http['path']} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         self.logged()
-        status, found = row.answered()
-        lines = self.logged()
+        status, found = over_http(head.encode() + body, settings(**force), http["client"])
+        (line,) = self.logged()
         self.assertEqual(tuple(found), self.KEYS)
-        self.assertEqual(len(found["response"]), 1)
-        item = found["response"][0]
+        (item,) = found["response"]
         self.assertEqual(tuple(item), self.ITEM)
         self.assertEqual((status, item["code"], item["dsn"], item["command"], item["message"][0]), row.wanted)
         self.assertEqual((item["error"], item["mailer"], item["host"], item["port"]), (1, None, None, None))
-        self.assertEqual(len(lines), 1, lines)
-        self.assertIn(f"{found['queueid'] or '-'}: client=", lines[0])
-        self.assertIn(f" status=rejected ({item['code']} {item['message'][0]}", lines[0])
+        self.assertIn(f"{found['queueid'] or '-'}: client=", line)
+        self.assertIn(f" status=rejected ({item['code']} {item['message'][0]}", line)
 
     def test_every_refusal(self):
         for row in itertools.chain(*REFUSALS):
-            with self.subTest(row.what):
+            with self.subTest(str(row.parts)[:300]):
                 self.check(row)
 
     def test_our_own_fault(self):
         broken = haineko.replace(settings(), recipients=None)  # which settled() never leaves
-        status, found = over_http(http_post(as_body(document())), broken)
+        status, found = over_http(post(), broken)
         item = found["response"][0]
         wanted = (500, "451", "4.3.0", "HTTP", ["Internal Server Error"])
         self.assertEqual((status, item["code"], item["dsn"], item["command"], item["message"]), wanted)
@@ -3903,146 +3544,101 @@ class Policy(Quiet):
     def test_of_two_faults_the_earlier_is_told(self):
         count = 0
         for earlier, later in itertools.combinations(REFUSALS, 2):
-            pairs = [(one, two) for one in earlier for two in later if one.agrees_with(two)]
-            for one, two in pairs[:1] + pairs[-1:]:
-                with self.subTest(one.what, and_=two.what):
+            pairs = [both for one in earlier for two in later if (both := one.with_(two))]
+            for row in pairs[:1] + pairs[-1:]:
+                with self.subTest(str(row.parts)[:300]):
                     count += 1
-                    self.check(one.with_(two))
+                    self.check(row)
         self.assertGreater(count, 150)
 
     def test_a_malformed_submission_is_told_what_and_where(self):
-        cases = [
-            (b"{", ["Expecting property name"]),
-            (
-                as_body(document(bdy="x", header={"sbject": "x"})),
-                ["bdy: unknown key; did you", "header.sbject: unknown key"],
-            ),
+        two = as_body(document(bdy="x", header={"sbject": "x"}))
+        for octets, wanted in (
+            (b"{", ["Expecting property name"]), (two, ["bdy: unknown key; did you", "header.sbject: unknown key"]),
             (as_body({f"k{i}": 1 for i in range(99)}), [f"k{i}: unknown key" for i in range(10)]),
-        ]
-        for octets, wanted in cases:
+        ):  # fmt: skip
             with self.subTest(octets[:30]):
                 found = posted(octets)[1]
-                lines = found["response"][0]["message"][1:]
-                self.assertEqual(len(lines), len(wanted), lines)
-                for line, start in zip(sorted(lines), wanted):
-                    self.assertTrue(line.startswith(start), line)
-                self.assertIsNone(found["addresser"])
-                self.assertIsNone(found["recipient"])
+                lines = sorted(found["response"][0]["message"][1:])
+                self.assertEqual([line[: len(start)] for line, start in zip(lines, wanted)], wanted)
+                self.assertEqual((len(lines), found["addresser"], found["recipient"]), (len(wanted), None, None))
                 self.assertRegex(found["queueid"], r"\A[0-9A-Za-z]{16}\Z")
 
     def test_an_answer_says_what_it_is_about(self):
-        status, found = posted(document(), settings())
-        self.assertEqual(status, 200)
-        self.assertEqual(tuple(found), self.KEYS)
-        self.assertEqual((found["addresser"], found["recipient"]), ("kijitora@example.org", ["mikeneko@example.jp"]))
-        self.assertEqual((found["remoteaddr"], found["remoteport"]), ("127.0.0.1", 50320))
-        self.assertEqual(found["timestamp"], {"datetime": time.ctime(NOW), "unixtime": "1388741758"})
-        self.assertEqual([found["useragent"], found["referer"]], [None, None])
+        status, found = posted(document())
+        self.assertEqual((status, tuple(found)), (200, self.KEYS))
+        wanted = {"addresser": "kijitora@example.org", "recipient": ["mikeneko@example.jp"], "remoteaddr": "127.0.0.1"}
+        wanted.update(remoteport=50320, useragent=None, referer=None)
+        wanted["timestamp"] = {"datetime": time.ctime(NOW), "unixtime": "1388741758"}
+        self.assertEqual({key: found[key] for key in wanted}, wanted)
         self.assertEqual(len(self.logged()), 1)
-        status, found = posted(document(body=""), settings())
+        found = posted(document(body=""))[1]
         self.assertEqual((found["addresser"], found["response"][0]["rcpt"]), ("kijitora@example.org", None))
 
     def test_refused_recipients_do_not_stop_the_others(self):
         force = settings(recipients={"domainpart": ["example.jp"]})
         given = ["no", "a@example.jp", "ねこ@faß.de", "b@example.org"]
         status, found = posted(document(rcpt=given), force)
-        self.assertEqual(status, 207)
-        self.assertEqual(found["recipient"], ["a@example.jp"])
-        wanted = [
-            ("no", 1, "5.1.5"),
-            ("a@example.jp", 0, "2.0.0"),
-            ("ねこ@faß.de", 1, "5.1.5"),
-            ("b@example.org", 1, "5.7.1"),
-        ]
-        self.assertEqual([(item["rcpt"], item["error"], item["dsn"]) for item in found["response"]], wanted)
-        self.assertEqual([item["mailer"] for item in found["response"]], [None, "Discard", None, None])
+        self.assertEqual((status, found["recipient"]), (207, ["a@example.jp"]))
+        self.assertEqual([item["rcpt"] for item in found["response"]], given)
+        wanted = [(1, "5.1.5", None), (0, "2.0.0", "Discard"), (1, "5.1.5", None), (1, "5.7.1", None)]
+        self.assertEqual([(item["error"], item["dsn"], item["mailer"]) for item in found["response"]], wanted)
         status, found = posted(document(rcpt=given[2:]), force)
         self.assertEqual((status, found["recipient"], len(found["response"])), (400, [], 2))
         status, found = posted(document(rcpt=given, body=""), force)
         self.assertEqual((status, len(found["response"]), found["response"][0]["dsn"]), (400, 1, "5.6.0"))
 
     def test_the_same_recipient_counts_once(self):
-        cases = [
+        for given, wanted in (
             (["a@example.jp"] * 9, ["a@example.jp"]),
             (["a@example.jp", "a@EXAMPLE.JP", "b@example.jp"], ["a@example.jp", "b@example.jp"]),
             (["a@example.jp", "A@example.jp"], ["a@example.jp", "A@example.jp"]),
             (["a@例え.jp", "a@xn--r8jz45g.jp"], ["a@例え.jp"]),
-        ]
-        for given, wanted in cases:
+        ):
             with self.subTest(given):
                 status, found = posted(document(rcpt=given))
                 self.assertEqual((status, found["recipient"]), (200, wanted))
                 self.assertEqual([item["rcpt"] for item in found["response"]], wanted)
 
     def test_what_passes(self):
-        cases = [
-            ("one label", {"ehlo": "localhost"}, {}),
-            ("an address literal", {"ehlo": "[192.0.2.1]"}, {}),
-            ("a v6 literal", {"ehlo": "[IPv6:2001:db8::1]"}, {}),
-            ("a bare address", {"ehlo": "192.0.2.1"}, {}),
-            ("null", {"ehlo": None}, {}),
-            ("25 names in the loop", {"header": {"x-haineko-loop": [f"r{i}.example" for i in range(25)]}}, {}),
-            ("no limit of recipients", {"rcpt": [f"r{i}@example.jp" for i in range(40)]}, {"max_rcpts_per_message": 0}),
-            ("as many as may be", {"rcpt": [f"r{i}@example.jp" for i in range(4)]}, {}),
-            ("no limit of size", {"body": "x" * 100000}, {"max_message_size": 0}),
-            ("a quoted local part", {"mail": '"a b"@example.jp', "rcpt": ['"c\\"d"@example.jp']}, {}),
-            ("a domain that isn't ASCII", {"mail": "a@例え.jp", "rcpt": ["b@例え.jp"]}, {}),
-            ("a body of one line end", {"body": "\n"}, {}),
-        ]
-        for what, change, smtpd in cases:
-            with self.subTest(what):
-                self.assertEqual(posted(document(**change), settings(smtpd={"hostname": NAME, **smtpd}))[0], 200)
-
-    def test_who_may_post(self):
-        login = {"kijitora": SettingsFile.KIJITORA}
-        right = {"Authorization": "Basic " + base64.b64encode(b"kijitora:kijitora").decode()}
-        wrong = {"Authorization": "Basic " + base64.b64encode(b"kijitora:neko").decode()}
-        networks = {"relayhosts": ["192.0.2.0/24", "2001:db8::/32"]}
-        cases = [
-            ("this machine", {}, "127.0.0.1", {}, 200),
-            ("this machine by v6", {}, "::1", {}, 200),
-            ("v4 in v6", {}, "::ffff:127.0.0.1", {}, 200),
-            ("another", {}, "192.0.2.1", {}, 403),
-            ("loopback, but not that one", {}, "127.0.0.2", {}, 403),
-            ("in a network", {"relayhosts": networks}, "192.0.2.200", {}, 200),
-            ("in a v6 network", {"relayhosts": networks}, "2001:db8:1::1", {}, 200),
-            ("in none", {"relayhosts": networks}, "127.0.0.1", {}, 403),
-            ("open relay", {"relayhosts": {"open-relay": 1}}, "203.0.113.1", {}, 200),
-            ("login", {"password": login}, "203.0.113.1", right, 200),
-            ("wrong login", {"password": login}, "127.0.0.1", wrong, 401),
-            ("no login", {"password": login}, "127.0.0.1", {}, 401),
-            ("no login at an open relay", {"password": login, "relayhosts": {"open-relay": 1}}, "127.0.0.1", {}, 401),
-            ("an empty section", {"password": {}}, "127.0.0.1", {}, 200),
-            ("login, but not that recipient", {"password": login, "recipients": {}}, "127.0.0.1", right, 400),
-        ]
-        for what, force, client, headers, status in cases:
-            with self.subTest(what):
-                found = over_http(http_post(as_body(document()), **headers), settings(**force), client)
-                self.assertEqual(found[0], status)
+        many = [f"r{i}@example.jp" for i in range(40)]
+        networks = {"relayhosts": {"relayhosts": ["192.0.2.0/24", "2001:db8::/32"]}}
+        for submission, force, *client in (
+            *[(document(ehlo=name), {}) for name in (
+                "localhost", "[192.0.2.1]", "[IPv6:2001:db8::1]", "192.0.2.1", None)],
+            (document(header={"x-haineko-loop": PASSED[:25]}), {}),
+            (finished("X-Haineko-Loop: r1\n\nx", rcpt="a@b.jp"), {}),
+            (document(rcpt=many), {"smtpd": {"hostname": NAME, "max_rcpts_per_message": 0}}),
+            (document(rcpt=many[:4]), {}),
+            (document(body="x" * 100000), {"smtpd": {"hostname": NAME, "max_message_size": 0}}),
+            (document(body="\n"), {}), (document(mail='"a b"@example.jp', rcpt=['"c\\"d"@example.jp']), {}),
+            (document(mail="a@例え.jp", rcpt=["b@例え.jp"]), {}), (document(), {}, "::1"),
+            (document(), {}, "::ffff:127.0.0.1"), (document(), networks, "192.0.2.200"),
+            (document(), networks, "2001:db8:1::1"),
+        ):  # fmt: skip
+            with self.subTest(str(submission)[:200], force=force, client=client):
+                self.assertEqual(posted(submission, settings(**force), *client)[0], 200)
 
     def test_a_refusal_names_the_limit_or_the_setting(self):
         many = [f"r{i}@example.jp" for i in range(5)]
-        cases = (
+        for submission, force, line in (
             (document(rcpt=many), {}, "5 recipients exceed smtpd.max_rcpts_per_message (4)"),
             (document(rcpt=["a@example.jp"] * 3 + many), {}, "6 recipients exceed smtpd.max_rcpts_per_message (4)"),
             (document(rcpt=many * 3000), {}, "15000 recipients exceed smtpd.max_rcpts_per_message (4)"),
-            (document(mail=None), {}, "mail (the envelope sender) is required"),
             (document(mail=""), {}, "mail (the envelope sender) is required"),
             (document(mail="A <a@x.jp>"), {}, 'expected a bare address, got "A <a@x.jp>"; did you mean "a@x.jp"?'),
             (document(mail="a"), {}, 'expected a bare address like "user@example.org"'),
             (document(header={"x-mc-tags": "a"}), {}, "X-Mc-Tags: the route must have provider_headers to send it"),
+            (document(send_at=int(NOW) + 30 * 86400 + 2), {}, "send_at: expected a time at most 30 days ahead"),
             (document(rcpt=None), {}, "rcpt is required"),
             (document(ehlo="a b"), {}, "ehlo: expected a domain or an address literal"),
             (document(), {"recipients": {}}, "neither recipients.domainpart nor recipients.recipients has it"),
             (document(body=""), {}, "body or html is required"),
+            (finished("", rcpt="b@example.jp"), {}, "raw: it has no header fields"),
             (document(header={"subject": ""}), {}, "header.subject is required"),
-            (
-                document(),
-                {"smtpd": {"hostname": NAME, "max_message_size": 99}},
-                " octets exceed smtpd.max_message_size (99)",
-            ),
-        )
-        for submission, force, line in cases:
+            (document(), {"smtpd": {"hostname": NAME, "max_message_size": 99}},
+                " octets exceed smtpd.max_message_size (99)"),
+        ):  # fmt: skip
             with self.subTest(line):
                 self.logged()
                 self.assertIn(line, posted(submission, settings(**force))[1]["response"][0]["message"][1])
@@ -4051,52 +3647,43 @@ class Policy(Quiet):
     def test_a_client_behind_an_unknown_proxy_is_not_on_this_machine(self):
         trusting = {"httpd": {"trusted_proxies": ["127.0.0.1"]}}
         monitors = {"httpd": {"trusted_proxies": ["127.0.0.1"], "monitors": ["192.0.2.0/24", "127.0.0.1"]}}
-        for_ = {"X-Forwarded-For": "192.0.2.7"}
-        untrusted, unlisted = (
-            "from 127.0.0.1, which is not in httpd.trusted_proxies",
-            "192.0.2.7 is not in httpd.monitors",
-        )
+        client, this_one = {"X-Forwarded-For": "192.0.2.7"}, {"X-Forwarded-For": "127.0.0.1"}
+        untrusted = "from 127.0.0.1, which is not in httpd.trusted_proxies"
         this = "a forwarded request is not from this machine"
-        cases = (
-            # path, settings, headers, status, second line
-            ("/submit", {}, for_, 403, untrusted),
-            ("/submit", {}, {"Forwarded": "for=127.0.0.1"}, 403, untrusted),
+        for path, force, headers, status, line in (
+            ("/submit", {}, client, 403, untrusted), ("/submit", {}, {"Forwarded": "for=127.0.0.1"}, 403, untrusted),
             ("/submit", {}, {"via": "1.1 nginx"}, 403, untrusted),
             ("/submit", {}, {"X-Real-IP": "127.0.0.1"}, 403, untrusted),
-            ("/submit", {"relayhosts": {"relayhosts": ["192.0.2.0/24"]}}, for_, 403, "127.0.0.1 is not in relayhosts"),
-            ("/submit", {"relayhosts": {"open-relay": 1}}, for_, 200, ""),
+            ("/submit", {"relayhosts": {"relayhosts": ["192.0.2.0/24"]}}, client, 403,
+                "127.0.0.1 is not in relayhosts"),
+            ("/submit", {"relayhosts": {"open-relay": 1}}, client, 200, ""),
             ("/submit", trusting, {"Via": "1.1 nginx"}, 403, "Via from 127.0.0.1 without X-Forwarded-For"),
-            ("/submit", trusting, for_, 403, "192.0.2.7 is not in relayhosts.relayhosts"),
-            ("/conf", {}, {}, 200, ""),
-            ("/conf", {}, for_, 403, untrusted),
-            ("/conf", {}, {"X-Forwarded-For": "127.0.0.1"}, 403, untrusted),
-            ("/conf", trusting, {"X-Forwarded-For": "127.0.0.1"}, 403, this),
-            ("/conf", trusting, {"X-Forwarded-For": "127.0.0.1", "Host": "evil.example"}, 403, this),
-            ("/conf", trusting, for_, 403, unlisted),
-            ("/conf", monitors, for_, 200, ""),
-            ("/conf", monitors, {**for_, "Host": "evil.example"}, 403, "Host: expected an address or smtpd.hostname"),
-            ("/queue", {}, for_, 403, untrusted),
-            ("/queue/abc", {}, for_, 403, untrusted),
-        )
-        for path, force, headers, status, line in cases:
+            ("/submit", trusting, client, 403, "192.0.2.7 is not in relayhosts.relayhosts"), ("/conf", {}, {}, 200, ""),
+            ("/conf", {}, client, 403, untrusted), ("/conf", {}, this_one, 403, untrusted),
+            ("/conf", trusting, this_one, 403, this),
+            ("/conf", trusting, {**this_one, "Host": "evil.example"}, 403, this),
+            ("/conf", trusting, client, 403, "192.0.2.7 is not in httpd.monitors"),
+            ("/conf", monitors, client, 200, ""),
+            ("/conf", monitors, {**client, "Host": "evil.example"}, 403, "Host: expected an address or smtpd.hostname"),
+            ("/queue", {}, client, 403, untrusted), ("/queue/abc", {}, client, 403, untrusted),
+        ):  # fmt: skip
             with self.subTest(path, **headers, force=force):
                 self.logged()
-                method = "POST" if path == "/submit" else "GET"
-                body = as_body(document()) if path == "/submit" else b""
-                lines = [f"{name}: {value}\r\n" for name, value in {"Host": "x", **headers}.items()]
-                head = f"{method} {path} HTTP/1.1\r\n{''.join(lines)}Content-Length: {len(body)}\r\n\r\n"
-                found, document_ = over_http(head.encode() + body, settings(**force))
+                host, *lines = [f"{name}: {value}" for name, value in {"Host": "x", **headers}.items()]
+                octets = post(None, *lines) if path == "/submit" else get(path, *lines, host=host[6:])
+                found, answer = over_http(octets, settings(**force))
                 self.assertEqual(found, status)
                 if line:
-                    self.assertIn(line, document_["response"][0]["message"][1])
+                    self.assertIn(line, answer["response"][0]["message"][1])
                     self.assertIn(line, self.logged()[-1])
 
     def test_the_size_is_that_of_the_finished_message(self):
-        octets = composed(document())
-        for limit, status in ((len(octets), 200), (len(octets) - 1, 413)):
-            with self.subTest(limit):
-                force = settings(smtpd={"hostname": NAME, "max_message_size": limit})
-                self.assertEqual(posted(document(), force)[0], status)
+        for submission in (document(), document(attachments=[file("a.bin", b"x" * 30000)])):
+            size = len(composed(submission))
+            for limit, status in ((size, 200), (size - 1, 413)):
+                with self.subTest(limit):
+                    force = settings(smtpd={"hostname": NAME, "max_message_size": limit})
+                    self.assertEqual(posted(submission, force)[0], status)
 
 
 # ======================================================================================================================
@@ -10484,68 +10071,6 @@ class HttpAtRest(Peers):
                 sock.sendall(b"\r\n" * 32768)
 
 
-class HttpLogin(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls) -> None:
-        made = run_program("pw", "-u", "sabatora", given="sk\xf8yt\n".encode()).stdout.decode()
-        hashes = {"kijitora": "{SSHA}9p2euyteR33mp0TYKjmYhTlIt1ctxuRn", **json.loads("{" + made + "}")}
-        relayhosts, recipients = {"relayhosts": []}, {"domainpart": ["example.jp"]}
-        cls.server = Server({"password": hashes, "relayhosts": relayhosts, "recipients": recipients})
-        cls.addClassCleanup(cls.server.close)
-
-    def test_who_logs_in_may_post(self) -> None:
-        cases = (
-            (None, 401),
-            ("Basic", 401),
-            ("Basic !!!", 401),
-            ("Basic " + base64.b64encode(b"nocolon").decode(), 401),
-            ("Bearer abc", 401),
-            ("kijitora:wrong", 401),
-            ("nobody:kijitora", 401),
-            (":", 401),
-            ("kijitora:", 401),
-            ("sabatora:sk\xf8yt", 200),
-            ("sabatora:skoyt", 401),
-            ("kijitora:kijitora", 200),
-            ("kijitora:kijitora", 200),
-            ("kijitora:kijitora2", 401),
-        )
-        for credentials, wanted in cases:
-            with self.subTest(credentials):
-                basic = "Basic " + base64.b64encode((credentials or "").encode()).decode()
-                line = f"Authorization: {basic if ':' in (credentials or '') else credentials}"
-                lines = [line] if credentials else []
-                status, headers, found = self.server.ask(post(None, *lines))
-                self.assertEqual(status, wanted)
-                self.assertEqual(headers.get("WWW-Authenticate", "").startswith("Basic realm="), wanted == 401)
-                if wanted == 401:
-                    [item] = found["response"]
-                    self.assertEqual((item["code"], item["dsn"], item["command"]), ("535", "5.7.0", "AUTH"))
-                    self.assertEqual((set(found), set(item)), (TOP, ITEM))
-        self.assertNotIn("kijitora2", self.server.log())
-
-    def test_the_second_time_costs_little(self) -> None:
-        line = "Authorization: Basic " + base64.b64encode("sabatora:sk\xf8yt".encode()).decode()
-        with self.server.wire() as wire:
-            wire.ask(post(None, line))
-            times = []
-            for _ in range(5):
-                began = time.monotonic()
-                self.assertEqual(wire.ask(post(None, line))[0], 200)
-                times.append(time.monotonic() - began)
-        self.assertLess(min(times), 0.015)
-
-    def test_a_login_opens_no_other_recipients(self) -> None:
-        line = "Authorization: Basic " + base64.b64encode(b"kijitora:kijitora").decode()
-        status, _, found = self.server.ask(post(document(rcpt=["a@example.net"]), line))
-        self.assertEqual((status, found["response"][0]["dsn"]), (400, "5.7.1"))
-
-    def test_other_pages_need_none_and_conf_masks_all(self) -> None:
-        self.assertEqual(self.server.ask(get("/health"))[0], 200)
-        status, _, found = self.server.ask(get("/conf", host="localhost"))
-        self.assertEqual((status, set(found["password"].values())), (200, {"********"}))
-
-
 def key_login(key: str, **fences) -> dict:
     return {"hash": "$sha256$" + hashlib.sha256(key.encode()).hexdigest(), **fences}
 
@@ -10554,89 +10079,82 @@ def bearer(key: str) -> str:
     return f"Authorization: Bearer {key}"
 
 
+def basic(login: str) -> str:
+    return f"Authorization: Basic {base64.b64encode(login.encode()).decode()}"
+
+
 class KeysAndFences(Quiet):
     """Who may send as whom. A section or fence is absent, empty, or permits everything."""
 
-    EMPTY, OPEN, ABSENT = (), "open", None
-
     def answer(self, force: haineko.Settings, *lines: str, client: str = "127.0.0.1", **changes) -> tuple:
+        """(status, first item of the response)."""
         status, found = over_http(post(document(**changes), *lines), force, client)
-        item = found["response"][0]
-        return status, item["code"], item["message"][0]
+        return status, found["response"][0]
 
     def test_relayhosts_password_fences_and_recipients(self):
-        relayhosts = {self.ABSENT: None, self.EMPTY: {"relayhosts": []}, self.OPEN: {"open-relay": True}}
-        recipients = {self.ABSENT: None, self.EMPTY: {}, self.OPEN: {"open-relay": True}}
-        fences = {self.ABSENT: None, self.EMPTY: [], self.OPEN: ["example.org", "example.jp"]}
+        opened, fence = {"open-relay": True}, ["example.org", "example.jp"]
         for hosts, rcpt, password, senders, to, client in itertools.product(
-            relayhosts, recipients, ("absent", "empty", "wrong", "right"), fences, fences, ("127.0.0.1", "192.0.2.1")
-        ):
-            login = {"senders": fences[senders], "recipients": fences[to]}
-            sections = {"relayhosts": relayhosts[hosts], "recipients": recipients[rcpt]}
-            sections["password"] = {"absent": None, "empty": {}}.get(password, {"k": key_login("hk_1", **login)})
+            (None, {"relayhosts": []}, opened), (None, {}, opened), ("absent", "empty", "wrong", "right"),
+            (None, [], fence), (None, [], fence), ("127.0.0.1", "192.0.2.1"),
+        ):  # fmt: skip
+            login = {"k": key_login("hk_1", senders=senders, recipients=to)}
+            sections = {"relayhosts": hosts, "recipients": rcpt}
+            sections["password"] = {"absent": None, "empty": {}}.get(password, login)
             with self.subTest(hosts=hosts, rcpt=rcpt, password=password, senders=senders, to=to, client=client):
-                known = client == "127.0.0.1" if hosts is self.ABSENT else hosts is self.OPEN
+                known = hosts is opened if hosts else client == "127.0.0.1"
                 logged_in = password in ("wrong", "right")
-                wanted = 200 if rcpt is self.OPEN else 400
-                if logged_in and to is self.EMPTY:
-                    wanted = 400
-                if logged_in and senders is self.EMPTY:
-                    wanted = 403
-                if password == "wrong":
-                    wanted = 401
-                elif not logged_in and not known:
-                    wanted = 403
+                wanted = [status for refused, status in (
+                    (password == "wrong", 401), (not logged_in and not known, 403), (logged_in and senders == [], 403),
+                    (rcpt is not opened or (logged_in and to == []), 400), (True, 200)) if refused]  # fmt: skip
                 line = bearer("hk_2" if password == "wrong" else "hk_1")
-                self.assertEqual(self.answer(settings(**sections), line, client=client)[0], wanted)
+                self.assertEqual(self.answer(settings(**sections), line, client=client)[0], wanted[0])
 
-    def test_how_a_key_is_given(self):
+    def test_how_a_login_is_given(self):
         key = run_here("key", "cron", "--prefix", "hk_")[1].split()[0]
         self.assertRegex(key, "^hk_[0-9A-Za-z]{49}$")
         self.assertEqual(key[-6:], haineko._base62(binascii.crc32(key[3:-6].encode())))
-        force = settings(password={"cron": key_login(key), "neko": SettingsFile.KIJITORA})
-        basic = "Authorization: Basic {}".format
-        cases = [
-            (bearer(key), True), (f"Authorization: bearer  {key}", True), (f"X-Postmark-Server-Token: {key}", True),
-            (basic(base64.b64encode(f"cron:{key}".encode()).decode()), True),
-            (basic(base64.b64encode(f"apikey:{key}".encode()).decode()), True),
-            (basic(base64.b64encode(f"{key}:".encode()).decode()), False),
-            (bearer(key[:-1]), False), (bearer(""), False), (f"Authorization: Token {key}", False),
-            (bearer(key_login(key)["hash"]), False), (bearer("kijitora"), False),
-            (basic(base64.b64encode(b"cron:").decode()), False),
-        ]  # fmt: skip
-        for line, right in cases:
+        line = run_here("pw", "-u", "sabatora", given="sk\xf8yt\n")[1]
+        hashes = json.loads(f"{{{line}}}")
+        force = settings(password={"cron": key_login(key), "neko": SettingsFile.KIJITORA, **hashes})
+        for line, login in (
+            (bearer(key), "cron"), (f"Authorization: bearer  {key}", "cron"),
+            (f"X-Postmark-Server-Token: {key}", "cron"), (basic(f"cron:{key}"), "cron"),
+            (basic(f"apikey:{key}"), "cron"), (basic(f"{key}:"), ""), (bearer(key[:-1]), ""), (bearer(""), ""),
+            (f"Authorization: Token {key}", ""), (bearer(key_login(key)["hash"]), ""), (bearer("kijitora"), ""),
+            (basic("cron:"), ""), ("Authorization: Basic", ""), ("Authorization: Basic !!!", ""),
+            (basic("nocolon"), ""), (basic("neko:wrong"), ""), (basic("nobody:kijitora"), ""), (basic(":"), ""),
+            (basic("neko:"), ""), (basic("sabatora:sk\xf8yt"), "sabatora"), (basic("sabatora:skoyt"), ""),
+            (basic("neko:kijitora"), "neko"), (basic("neko:kijitora2"), ""),
+        ):  # fmt: skip
             with self.subTest(line):
                 self.logged()
-                self.assertEqual(self.answer(force, line)[0], 200 if right else 401)
-                self.assertIn("login=cron" if right else "reason=", self.logged()[-1])
+                self.assertEqual(self.answer(force, line)[0], 200 if login else 401)
+                log = " ".join(self.logged())
+                self.assertIn(f"login={login} " if login else "reason=", log)
+                self.assertNotRegex(log, f"{key[3:-1]}|kijitora2|skoyt|sk\xf8yt")
+        self.assertEqual(over_http(get("/health"), force)[0], 200)
+        shown = over_http(get("/conf", host="localhost"), settings(password=hashes))[1]["password"]
+        self.assertEqual(shown, dict.fromkeys(hashes, "********"))
 
     def test_senders(self):
-        fence = ["a@example.org", "Example.JP", ".example.net"]
-        force = settings(password={"k": key_login("hk_1", senders=fence)})
-        raw = "From: {}\nTo: b@example.jp\nSubject: x\n\nx\n".format
-        cases = [
-            ("a@example.org", None, None, ""), ("A@Example.org", None, None, ""), ("b@example.org", None, None, "b@"),
-            ("x@example.jp", None, None, ""), ("x@sub.example.jp", None, None, "x@"),
-            ("x@a.b.example.net", None, None, ""),
-            ("x@example.net", None, None, "x@"), ("x@notexample.jp", None, None, "x@"),
-            ("x@example.jp", "A <a@example.org>", None, ""), ("x@example.jp", "B <b@example.org>", None, "b@"),
-            ("x@example.jp", "a@example.org, b@example.org", None, "b@"),
-            ("b@example.org", "a@example.org", None, "b@"),
-            ("x@example.jp", "a@example.org <b@example.org>", None, "b@"),
-            ("x@example.jp", None, raw("a@example.org"), ""), ("x@example.jp", None, raw("B <b@example.org>"), "b@"),
-            ("x@example.jp", None, raw("a@example.org\nSender: b@example.org"), "b@"),
-            ("x@example.jp", None, raw("a@example.org\nFrom: b@example.org"), "b@"),
-            ("x@example.jp", None, raw("a@example.org,\n b@example.org"), "b@"),
-            ("x@example.jp", None, raw("nobody"), "a From or Sender"),
-            ("x@example.jp", None, raw("g:;"), "a From or Sender"),
-            ("x@example.jp", None, "To: b@example.jp\n\nx\n", ""),
-        ]  # fmt: skip
-        for mail, author, raw_message, refused in cases:
-            with self.subTest(mail=mail, author=author, raw=raw_message):
-                if raw_message:
-                    given = {"mail": mail, "rcpt": ["m@example.jp"], "raw": raw_message}
-                else:
-                    given = document(mail=mail, header={"from": author})
+        force = settings(password={"k": key_login("hk_1", senders=["a@example.org", "Example.JP", ".example.net"])})
+        for given, refused in (
+            *[(document(mail=mail, header={"from": None}), refused) for mail, refused in (
+                ("a@example.org", ""), ("A@Example.org", ""), ("b@example.org", "b@"), ("x@example.jp", ""),
+                ("x@sub.example.jp", "x@"), ("x@a.b.example.net", ""), ("x@example.net", "x@"),
+                ("x@notexample.jp", "x@"))],
+            *[(document(mail=mail, header={"from": author}), refused) for mail, author, refused in (
+                ("x@example.jp", "A <a@example.org>", ""), ("x@example.jp", "B <b@example.org>", "b@"),
+                ("x@example.jp", "a@example.org, b@example.org", "b@"), ("b@example.org", "a@example.org", "b@"),
+                ("x@example.jp", "a@example.org <b@example.org>", "b@"))],
+            *[({"mail": "x@example.jp", "rcpt": ["m@example.jp"], "raw": f"{author}To: b@example.jp\n\nx\n"}, refused)
+                for author, refused in (
+                ("From: a@example.org\n", ""), ("From: B <b@example.org>\n", "b@"),
+                ("From: a@example.org\nSender: b@example.org\n", "b@"),
+                ("From: a@example.org\nFrom: b@example.org\n", "b@"), ("From: a@example.org,\n b@example.org\n", "b@"),
+                ("From: nobody\n", "a From or Sender"), ("From: g:;\n", "a From or Sender"), ("", ""))],
+        ):  # fmt: skip
+            with self.subTest(given):
                 status, found = over_http(post(given, bearer("hk_1")), force)
                 item = found["response"][0]
                 if not refused:
@@ -10657,65 +10175,53 @@ class KeysAndFences(Quiet):
         self.assertIn("password.k.recipients", refused["message"][1])
 
     def test_expiry_and_networks_are_told_to_the_log_only(self):
-        cases = [
+        for fences, reason in (
             ({"expires": "2001-01-31"}, "expired"), ({"expires": "2999-01-31T12:00:00Z"}, ""),
             ({"expires": "2001-01-31T12:00:00+09:00"}, "expired"), ({"networks": ["192.0.2.0/24"]}, "networks"),
             ({"networks": []}, "networks"), ({"networks": ["127.0.0.1"]}, ""),
-        ]  # fmt: skip
-        for fences, reason in cases:
+        ):  # fmt: skip
             with self.subTest(fences):
-                force = settings(password={"k": key_login("hk_1", **fences)})
                 self.logged()
-                status, found = over_http(post(None, bearer("hk_1")), force)
+                status, item = self.answer(settings(password={"k": key_login("hk_1", **fences)}), bearer("hk_1"))
                 self.assertEqual(status, 401 if reason else 200)
                 if reason:
-                    self.assertEqual(found["response"][0]["message"], ["authentication failed"])
+                    self.assertEqual(item["message"], ["authentication failed"])
                     self.assertIn(reason, self.logged()[-1])
 
     def test_settings_of_a_login(self):
         hashed = key_login("hk_1")["hash"]
-        cases = [
-            ({"k": {"hash": hashed, "senders": "example.org", "rate": "1/60"}}, None),
-            ({"k": {"senders": []}}, "password.k.hash: expected"), ({"k": {"hash": "x"}}, "password.k.hash: expected"),
-            ({"k": {"hash": hashed, "sender": []}}, "password.k.sender: unknown"),
-            ({"k": {"hash": hashed, "senders": ["@"]}}, "password.k.senders[0]: expected an address"),
-            ({"k": {"hash": hashed, "rate": "0/60"}}, "password.k.rate: expected"),
-            ({"k": {"hash": hashed, "rate": 60}}, "password.k.rate: expected"),
-            ({"k": {"hash": hashed, "expires": "soon"}}, "password.k.expires: expected"),
-            ({"k": 5}, "password.k: expected a string"),
-        ]  # fmt: skip
-        for section, wanted in cases:
-            with self.subTest(section):
+        good = {"hash": hashed, "senders": "example.org", "rate": "1/60"}
+        for login, wanted in (
+            (good, None), ({"senders": []}, ".hash: expected"), ({"hash": "x"}, ".hash: expected"),
+            ({"hash": hashed, "sender": []}, ".sender: unknown"),
+            ({"hash": hashed, "senders": ["@"]}, ".senders[0]: expected an address"),
+            ({"hash": hashed, "rate": "0/60"}, ".rate: expected"), ({"hash": hashed, "rate": 60}, ".rate: expected"),
+            ({"hash": hashed, "expires": "soon"}, ".expires: expected"), (5, ": expected a string"),
+        ):  # fmt: skip
+            with self.subTest(login):
                 errors: list = []
-                haineko.from_dict(haineko.Settings, {"password": section}, "", errors)
-                self.assertTrue(errors[0].startswith(wanted) if wanted else not errors, errors)
-                self.assertEqual(len(errors), int(bool(wanted)), errors)
-        shown = haineko.redacted(settings(password=cases[0][0]).password)
-        self.assertEqual(
-            {key: shown["k"][key] for key in ("hash", "senders", "rate")},
-            {"hash": "********", "senders": ["example.org"], "rate": "1/60"},
-        )
+                haineko.from_dict(haineko.Settings, {"password": {"k": login}}, "", errors)
+                self.assertEqual([error.startswith(f"password.k{wanted}") for error in errors], [True] * bool(wanted))
+        shown = haineko.redacted(settings(password={"k": good}).password)["k"]
+        self.assertEqual({key: shown[key] for key in good}, {**good, "hash": "********", "senders": ["example.org"]})
         self.assertEqual(haineko.redacted(settings(password={"k": hashed}).password), {"k": "********"})
 
     def test_the_command_key(self):
-        done = run_program(
-            "key", "cron", "--sender", "example.org", "--rate", "2/60", "--prefix", "sk_live_", text=True
-        )
-        key, line = done.stdout.splitlines()
+        words = "key cron --sender example.org --rate 2/60 --prefix sk_live_"
+        key, line = run_program(*words.split(), text=True).stdout.splitlines()
         self.assertTrue(key.startswith("sk_live_"))
         section = json.loads("{" + line + "}")
         self.assertEqual(section, {"cron": key_login(key, senders=["example.org"], rate="2/60")})
         self.assertEqual(self.answer(settings(password=section), bearer(key))[0], 200)
         for flags in (("--rate", "x"), ("--sender", "@"), ("--expires", "soon"), ("--prefix", "a b"), ("--prefix", "")):
-            self.assertEqual(run_program("key", "cron", *flags).returncode, 2, flags)
+            self.assertEqual(run_here("key", "cron", *flags)[0], 2, flags)
 
     def test_nothing_leaves_the_sandbox(self):
-        with tempfile.TemporaryDirectory() as folder:
-            force = settings(
-                password={"k": key_login("hk_1", sandbox=True)}, mailertable={"default": {"mailer": folder}}
-            )
-            status, found = over_http(post(None, bearer("hk_1")), force)
-            self.assertEqual((status, found["response"][0]["mailer"]), (200, "Discard"))
+        with tempfile.TemporaryDirectory(prefix="haineko-test-") as folder:
+            password, table = {"k": key_login("hk_1", sandbox=True)}, {"default": {"mailer": folder}}
+            force = settings(password=password, mailertable=table)
+            status, item = self.answer(force, bearer("hk_1"))
+            self.assertEqual((status, item["mailer"]), (200, "Discard"))
             self.assertEqual(self.answer(force, bearer("hk_1"), mail="")[0], 400)
             self.assertEqual(os.listdir(folder), [])
 
@@ -10734,8 +10240,19 @@ class KeysServed(unittest.TestCase):
         cls.addClassCleanup(cls.server.close)
 
     def submit(self, key: str, *to: str, **headers: str) -> tuple:
-        headers = {"Authorization": f"Bearer hk_{key}", **headers}
-        return self.server.submit(*(to or ("m@example.jp",)), headers=headers)
+        return self.server.submit(*(to or ["m@example.jp"]), headers={"Authorization": f"Bearer hk_{key}", **headers})
+
+    def test_a_client_is_asked_for_its_login_and_its_second_time_costs_little(self):
+        status, headers, _ = self.server.ask(post())
+        self.assertEqual((status, headers["WWW-Authenticate"][:13]), (401, 'Basic realm="'))
+        with self.server.wire() as wire:
+            times = []
+            for _ in range(6):
+                began = time.monotonic()
+                status, headers, _ = wire.ask(post(None, basic("neko:kijitora")))
+                self.assertEqual((status, headers.get("WWW-Authenticate")), (200, None))
+                times.append(time.monotonic() - began)
+        self.assertLess(min(times[1:]), 0.015)
 
     def test_a_login_sees_its_own_mail_only(self):
         _, headers, _ = self.submit("a", Prefer="respond-async")
@@ -10745,9 +10262,9 @@ class KeysServed(unittest.TestCase):
 
     def test_an_idempotency_key_counts_for_its_login(self):
         first, again, other = (self.submit(key, **{"Idempotency-Key": "k1"}) for key in ("a", "a", "b"))
+        self.assertEqual((first[0], again[0], other[0]), (200, 200, 200))
         self.assertEqual(first[2]["queueid"], again[2]["queueid"])
         self.assertNotEqual(first[2]["queueid"], other[2]["queueid"])
-        self.assertEqual([found[0] for found in (first, again, other)], [200, 200, 200])
 
     def test_a_rate_counts_recipients_over_all_workers(self):
         status, headers, _ = self.submit("slow", "a@example.jp", "b@example.jp")
@@ -10771,8 +10288,12 @@ class KeysServed(unittest.TestCase):
         self.assertEqual(found, [401] * 10 + [429] * 2)
         status, headers, _ = server.ask(post(None, bearer("hk_x")))
         self.assertTrue(status == 429 and 50 < int(headers["Retry-After"]) <= 60, headers)
-        right = "Authorization: Basic " + base64.b64encode(b"neko:kijitora").decode()
-        for line, wanted in ((bearer("hk_k"), 200), (right, 200), ("X: y", 401), (bearer("hk_y"), 429)):
+        for line, wanted in (
+            (bearer("hk_k"), 200),
+            (basic("neko:kijitora"), 200),
+            ("X: y", 401),
+            (bearer("hk_y"), 429),
+        ):
             self.assertEqual(server.ask(post(None, line))[0], wanted, line)
 
     def test_queued_mail_of_a_sandbox_stays_there(self):
@@ -10781,20 +10302,18 @@ class KeysServed(unittest.TestCase):
         eventually(lambda: self.server.get(headers["Location"], own)[1]["response"][0]["state"] == "delivered")
         self.assertNotIn("box@example.jp", [to for mail in self.peer.mails for to in mail.recipients])
 
-    def test_a_warning_of_logins_in_clear_text(self):
-        for listen, more, warned in (
-            ("0.0.0.0:0", {}, True), ("127.0.0.1:0", {}, False),
-            ("0.0.0.0:0", {"trusted_proxies": ["10.0.0.0/8"]}, False),
+    def test_the_start_warns_of_what_lets_strangers_in_or_shows_logins(self):
+        self.assertNotIn("warning", self.server.log())  # at 127.0.0.1
+        open_, any_ = {"listen": "0.0.0.0:0"}, "httpd.trusted_proxies: 0.0.0.0/0 lets every client"
+        for httpd, warned in (
+            (open_, "without TLS"), ({**open_, "trusted_proxies": ["10.0.0.0/8"]}, ""),
+            ({"trusted_proxies": ["0.0.0.0/0"]}, any_),
         ):  # fmt: skip
-            with self.subTest(listen, **more):
-                server = served(self, {"password": {"k": key_login("hk_k")}, "httpd": {"listen": listen, **more}})
-                self.assertEqual("without TLS" in server.log(), warned)
+            with self.subTest(**httpd):
+                server = served(self, {"password": {"k": key_login("hk_k")}, "httpd": httpd})
+                found = re.findall("haineko: warning: .*", server.log())
+                self.assertEqual([warned in line for line in found], [True] * bool(warned))
                 server.close()
-
-    def test_the_start_warns_of_what_lets_strangers_in(self):
-        server = served(self, {"httpd": {"listen": "127.0.0.1:0", "trusted_proxies": ["0.0.0.0/0"]}})
-        self.assertIn("haineko: warning: httpd.trusted_proxies: 0.0.0.0/0 lets every client", server.log())
-        server.close()
 
 
 class HttpOverTls(unittest.TestCase):
