@@ -171,6 +171,7 @@ class Quiet(unittest.TestCase):
     def setUp(self) -> None:
         self._lines = tempfile.TemporaryFile()  # noqa: SIM115 -- closed behind the test
         self.addCleanup(self._lines.close)
+        self.addCleanup(vars(haineko.log).clear)  # back to the defaults of its class
         sys.stderr.flush()
         before = os.dup(2)
         os.dup2(self._lines.fileno(), 2)
@@ -545,19 +546,17 @@ class HttpClient(Closing):
             self.sock.sendall(octets if isinstance(octets, bytes) else octets.encode())
         return self
 
-    def more(self) -> bool:
+    def more(self, must: bool = False) -> bool:
         octets = self.sock.recv(65536)
         self.unread += octets
+        if must and not octets:
+            raise EOFError(self.unread)
         return bool(octets)
-
-    def until(self, ready) -> None:
-        while not ready():
-            if not self.more():
-                raise EOFError(self.unread)
 
     def head(self) -> tuple:
         """(status, headers) of the next answer."""
-        self.until(lambda: b"\r\n\r\n" in self.unread)
+        while b"\r\n\r\n" not in self.unread:
+            self.more(must=True)
         head, _, self.unread = self.unread.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         return int(first.split(" ")[1]), dict(line.split(": ", 1) for line in lines)
@@ -566,7 +565,8 @@ class HttpClient(Closing):
         """(status, headers, body as JSON or text) of the next answer."""
         status, headers = self.head()
         length = 0 if method == "HEAD" or status in (100, 204) else int(headers["Content-Length"])
-        self.until(lambda: len(self.unread) >= length)
+        while len(self.unread) < length:
+            self.more(must=True)
         body, self.unread = self.unread[:length].decode(), self.unread[length:]
         return status, headers, json.loads(body) if "json" in headers.get("Content-Type", "") and body else body
 
@@ -628,11 +628,6 @@ def run_here(*words: str, given: bytes | str = b"", **variables: str) -> tuple:
             os.environ.update(before)
             haineko.log.quiet = quiet
     return code, out.getvalue(), err.getvalue()
-
-
-def scrypt_line(password: str) -> str:
-    """The line that `haineko.py pw` prints for a password."""
-    return json.loads("{" + run_here("pw", given=f"{password}\n")[1] + "}").popitem()[1]
 
 
 def can_run(program: str, **more) -> bool:
@@ -815,11 +810,7 @@ def refuses(**by_name: str):
 def held(gate: threading.Event | threading.Barrier):
     """What an SmtpPeer says to the end of a text: a 250, when the gate opens."""
 
-    def say(connection: SmtpConnection, line: str) -> str:
-        gate.wait(8)
-        return USUAL["."]
-
-    return say
+    return lambda connection, line: (gate.wait(8), USUAL["."])[1]
 
 
 def sockets_open() -> int:
@@ -851,7 +842,6 @@ class AsyncSockets(Quiet):
 
     def on_each(self, story, *kinds) -> None:
         """Runs the coroutine function with each selector; it may take 20 seconds."""
-        self.addCleanup(vars(haineko.log).clear)
         for selector in kinds or (selectors.DefaultSelector, selectors.SelectSelector):
             with self.subTest(selector.__name__), contextlib.closing(haineko.EventLoop(selector())) as loop:
                 loop.run_until_complete(asyncio.wait_for(story(), 20))
@@ -953,16 +943,15 @@ class AsyncSockets(Quiet):
         async def story() -> None:
             for secure in (False, True):
                 (here, there), found, deadline = self.pair(), bytearray(), time.monotonic() + 8
+                far = haineko.AsyncSocket(there)
                 if secure:
                     pem, server = certificate(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                     server.load_cert_chain(pem)
                     options = {"server_hostname": "localhost", "do_handshake_on_connect": False}
                     here.sock = ssl.create_default_context(cafile=pem).wrap_socket(here.sock, **options)
-                    there = server.wrap_socket(there, server_side=True, do_handshake_on_connect=False)
-                far = haineko.AsyncSocket(there)
-                if secure:
+                    far.sock = server.wrap_socket(there, server_side=True, do_handshake_on_connect=False)
                     await asyncio.gather(*[each.call(each.sock.do_handshake, deadline) for each in (here, far)])
-                there.send(b"not read yet")
+                far.sock.send(b"not read yet")
                 task = asyncio.ensure_future(here.sendall(octets, deadline))
                 while len(found) < len(octets):
                     found += await far.recv(5000 if secure else 1 << 18, deadline)  # of a record TLS keeps the rest
@@ -1083,10 +1072,7 @@ uzV/Z1/jfPotXaKVxXtYKYj4ehHV886K/fHEVAI7U5AQR7HHINFHVrBqJN30CPGAVKD/HHDBAoGAJx9i
 ChWfHsA9ViJr1Iikh5x9uJvvH0+z81J1LK55S+2L/zx34GcLO5PTt6GBl5tX3Z9BgcKsvpbjtWZnLG4UnDDujGDI/2g4ilmi1cb2zOcCe26BTsQutXNcQ6v9
 KpDri4UCgYBRDLW2pufyguBzuB2kovtAIx/pQgRr3opUf1fq/j3ruOIZJizWcr0GvKnG26pRLfI2FVK2KoxtB0zOUV/DfghU5W/jr6kcqWifx9gzNXI3eg6k
 ALJtgbbi6G4juSHozKPlXFfP/aWm37nIRizhvOl7olOJQv2bJyX/du1Pd5qPVg==""")
-RFC8463_KEY = """-----BEGIN PRIVATE KEY-----
-MC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g
------END PRIVATE KEY-----
-"""
+RFC8463_KEY = pem("PRIVATE KEY\nMC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g")
 
 
 class Question:
@@ -1283,12 +1269,11 @@ class HttpPeer(Closing):
         said = self.answer(asked)
         if said == "hang":
             self.over.wait(10)
-            return False
-        if said == "drip":
+        elif said == "drip":
             sock.sendall(b"HTTP/1.1 200 OK\r\n")
             while not self.over.wait(0.2):
                 sock.sendall(b"X: ")
-        if said in ("drip", "close"):
+        if said in ("hang", "drip", "close"):
             return False
         said = on_the_wire(*said) if isinstance(said, tuple) else said
         sock.sendall(said)
@@ -1491,15 +1476,15 @@ class House:
         found = []
         values = {name for node in self.tree.body if not hasattr(node, "name") for name in self.defined(node)}
         for function in self.functions:
-            local = {item.id for item in ast.walk(function) if isinstance(item, ast.Name) and not _loads(item)}
+            local = {
+                item.id
+                for item in ast.walk(function)
+                if isinstance(item, ast.Name) and not isinstance(item.ctx, ast.Load)
+            }
             local |= {item.arg for item in ast.walk(function) if isinstance(item, ast.arg)}
             changed = [(name, line) for name, line in _changed(function) if name in values - local]
             found += [f"{function.name} changes {name} in line {line}" for name, line in changed]
         return found
-
-
-def _loads(node: ast.AST) -> bool:
-    return isinstance(node.ctx, ast.Load)
 
 
 def _changed(function: ast.AST):
@@ -1507,7 +1492,7 @@ def _changed(function: ast.AST):
     for node in ast.walk(function):
         if isinstance(node, (ast.Global, ast.Nonlocal)):
             yield from ((name, node.lineno) for name in node.names)
-        place = node if isinstance(node, (ast.Attribute, ast.Subscript)) and not _loads(node) else None
+        place = node if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)) else None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
             place = node.func
         while isinstance(place, (ast.Attribute, ast.Subscript)):
@@ -1580,33 +1565,26 @@ class HouseRules(unittest.TestCase):
             cls.house = House(stream.read())
 
     def test_sections_are_the_front_pages_and_refer_up_only(self):
-        front = re.findall(
-            r"(?m)(?:^ {4,5}|  +)(\d+)  ([A-Z][\w ]+?)(?=  |$)", ast.get_docstring(self.house.tree, False)
-        )
+        pattern = r"(?m)(?:^ {4,5}|  +)(\d+)  ([A-Z][\w ]+?)(?=  |$)"
+        front = re.findall(pattern, ast.get_docstring(self.house.tree, False))
         listed = [title for _, title in sorted((int(number), title) for number, title in front)]
         self.assertEqual([item[1:] for item in self.house.sections], list(enumerate(listed, 1)))
         self.assertEqual(self.house.downward(), [])
         self.assertGreater(len(self.house.names), 200)
-
-    def test_the_rules_see_a_breach(self):
         banner = "# {}\n# {}. {}\n#    About.\n# {}\n".format("=" * 20, "{}", "{}", "=" * 20)
-        for inner in ("return late()", "return [late(x) for x in y]", "late = 1\n    return late"):
+        for inner in ("return late()", "return [late(x) for x in y]", "late = 1\n    return late"):  # the rule sees it
             source = f"{banner.format(1, 'Up')}def early(y=()):\n    {inner}\n{banner.format(2, 'Down')}def late(): 1\n"
             self.assertEqual(len(House(source).downward()), 0 if "late = 1" in inner else 1, inner)
-        for line in ("T['a'] = 1", "T.update(a=1)", "T['a'].b = 1", "del T['a']", "global T"):
-            self.assertEqual(len(House(f"T = {{}}\ndef f():\n    {line}\n").mutations()), 1, line)
 
-    def test_functions_fit_a_screen(self):
+    def test_functions_fit_a_screen_and_classes_have_none_of_this_file_above_them(self):
+        def depth(node):
+            return max(map(depth, ast.iter_child_nodes(node)), default=0) + isinstance(node, FUNCTIONS)
+
         lengths = self.house.lengths()
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 40}, {})
         ranked = sorted(lengths.values())
         self.assertLess(ranked[len(ranked) * 9 // 10], 25)
         self.assertLessEqual(ranked[len(ranked) // 2], 10)
-
-    def test_no_closure_deeper_than_a_decorators_and_no_class_has_another_of_this_file_above_it(self):
-        def depth(node):
-            return max(map(depth, ast.iter_child_nodes(node)), default=0) + isinstance(node, FUNCTIONS)
-
         functions = [node for node in self.house.tree.body if isinstance(node, FUNCTIONS)]
         self.assertEqual([node.name for node in functions if depth(node) > 3], [])
         classes = [node for node in self.house.nodes if isinstance(node, ast.ClassDef)]
@@ -1616,6 +1594,8 @@ class HouseRules(unittest.TestCase):
     def test_nothing_changes_module_state_but_the_log_and_the_metrics(self):
         allowed = re.compile(" changes (?:log|metrics) ")
         self.assertEqual([line for line in self.house.mutations() if not allowed.search(line)], [])
+        for line in ("T['a'] = 1", "T.update(a=1)", "T['a'].b = 1", "del T['a']", "global T"):  # the rule sees it
+            self.assertEqual(len(House(f"T = {{}}\ndef f():\n    {line}\n").mutations()), 1, line)
 
     def test_every_reply_is_given_and_every_given_reply_exists(self):
         [table] = [node for node in self.house.tree.body if "REPLIES" in self.house.defined(node)]
@@ -1626,8 +1606,8 @@ class HouseRules(unittest.TestCase):
         self.assertEqual((sorted(set(haineko.REPLIES) - given), sorted(named - set(haineko.REPLIES))), ([], []))
 
     def test_every_name_is_used(self):
-        used = {node.id for node in self.house.nodes if isinstance(node, ast.Name) and _loads(node)} | {"sign_jwt"}
-        used |= {node.attr for node in self.house.nodes if isinstance(node, ast.Attribute)}
+        loaded = [node for node in self.house.nodes if isinstance(getattr(node, "ctx", None), ast.Load)]
+        used = {getattr(node, "id", getattr(node, "attr", "")) for node in loaded} | {"sign_jwt"}
         notes = [node.annotation for node in self.house.nodes if getattr(node, "annotation", None)]
         used |= {word for note in notes for word in re.findall(r"\w+", ast.unparse(note))}
         self.assertEqual(sorted(set(self.house.names) - used), [])
@@ -1655,13 +1635,12 @@ class HouseRules(unittest.TestCase):
         self.assertEqual(written, json.dumps(haineko.example_settings(), indent=2) + "\n")
         found, faults = haineko.load_settings(path)
         self.assertEqual((faults, set(json.loads(written))), ([], set(haineko.key_table(haineko.Settings))))
-        self.assertEqual(
-            [(key, route.host) for key, route in found.mailertable.items()], [("default", "smtp.example.org")]
-        )
+        hosts = {key: route.host for key, route in found.mailertable.items()}
+        self.assertEqual(hosts, {"default": "smtp.example.org"})
 
 
 # ======================================================================================================================
-# 1. Replies and jobs, 2. JSON into dataclasses
+# 1. Replies and jobs, 2. JSON into dataclasses, 3. Settings, 4. Log and metrics
 # ======================================================================================================================
 class RepliesAndJobs(unittest.TestCase):
     def test_a_reply_has_the_word_and_a_copy_has_its_recipient_and_number(self):
@@ -1675,10 +1654,8 @@ class RepliesAndJobs(unittest.TestCase):
 
 class JsonIntoDataclasses(unittest.TestCase):
     def test_what_is_json_and_what_is_not(self):
-        cases = [
-            (b"\xef\xbb\xbf{}", {}), ('"ねこ"'.encode(), "ねこ"), (rb'"\u306d"', "ね"), (b" [1] ", [1]),
-        ]  # fmt: skip
-        for octets, value in cases:
+        good = [(b"\xef\xbb\xbf{}", {}), ('"ねこ"'.encode(), "ねこ"), (rb'"\u306d"', "ね"), (b" [1] ", [1])]
+        for octets, value in good:
             self.assertEqual(haineko.parse_json(octets), value)
         faults = [
             (b"", "Expecting value"), (b"{", "Expecting property name"), (b"{} {}", "Extra data"), (b'{"a": 1,}', ""),
@@ -1703,19 +1680,14 @@ class JsonIntoDataclasses(unittest.TestCase):
     def test_parsers(self):
         text, flag, number = haineko.parse_text, haineko.parse_boolean, haineko.integer(1, 5)
         texts, upper = haineko.list_of(text), haineko.mapping_of(flag, str.upper)
-        cases = [
+        good = [
             (text, "ねこ", "ねこ"), (text, "", ""), (flag, True, True), (flag, False, False), (flag, 1, True),
             (flag, 0, False), (number, 1, 1), (number, 5, 5), (texts, "a", ("a",)), (texts, ["a", "b"], ("a", "b")),
             (texts, [], ()), (upper, {"a": 1, "b": 0}, {"A": True, "B": False}),
         ]  # fmt: skip
-        for parse, value, wanted in cases:
-            with self.subTest(value=value, wanted=wanted):
-                faults: list = []
-                found = parse(value, "w", faults)
-                self.assertEqual((found, type(found), faults), (wanted, type(wanted), []))
         unprintable, a_number = "w: has an unprintable character", "w: expected a whole number from 1 to 5, got "
         a_text, a_flag = "w: expected a string, got ", "w: expected true or false, got "
-        cases = [
+        bad = [
             (text, 1, a_text + "a number"), (text, ["a"], a_text + "a list"), (text, "a\nb", unprintable),
             (text, "a\x1b[2J", unprintable), (text, "\ud800", unprintable), (flag, 2, a_flag + "a number"),
             (flag, 1.0, a_flag + "a number"), (flag, "true", a_flag + "a string"), (flag, [], a_flag + "a list"),
@@ -1727,35 +1699,29 @@ class JsonIntoDataclasses(unittest.TestCase):
             (upper, {"a": 1, "A": 1}, "w: two keys differ in case only"),
             (upper, [], "w: expected an object, got a list"),
         ]  # fmt: skip
-        for parse, value, *wanted in cases:
+        for parse, value, *wanted in good + bad:
             with self.subTest(value=value, wanted=wanted):
-                faults = []
-                parse(value, "w", faults)
-                self.assertEqual(faults, wanted)
+                faults: list = []
+                parsed_value = parse(value, "w", faults)
+                found = faults or [parsed_value]
+                self.assertEqual((found, type(found[0])), (wanted, type(wanted[0])))
 
     def test_hostile_bodies_cost_little(self):
         many, most = ",".join(f'"k{i}":1' for i in range(100000)), haineko.MAX_ERRORS
-        header = '{{"header": {{"{}": {}}}}}'.format
-        cases = [
-            ("unknown keys", f"{{{many}}}", most), ("and one that stands twice", f'{{{many},"k7":1}}', most),
-            ("recipients that are no strings", f'{{"rcpt": [{"1," * 99999}1]}}', most),
-            ("names that it has passed", header("x-haineko-loop", json.dumps("!," * 100000)), most),
-            ("spaces where a mailbox is wanted", header("from", json.dumps(" " * 100000)), 1),
-            ("fewer of them", header("from", json.dumps(" " * 30000)), 1),
-            ("comments within comments", header("from", json.dumps("(" * 30000)), 1),
-            ("quotes without end", header("from", json.dumps('"' * 30001)), 1),
-            ("a charset", header("charset", json.dumps("x" * 100000)), 1), ("a key", header("subject" * 100000, 1), 1),
+        headers = [
+            ("x-haineko-loop", "!," * 100000, most), ("from", " " * 100000, 1), ("from", " " * 30000, 1),
+            ("from", "(" * 30000, 1), ("from", '"' * 30001, 1), ("charset", "x" * 100000, 1),
+            ("subject" * 100000, 1, 1),
         ]  # fmt: skip
-        for what, text, count in cases:
-            with self.subTest(what):
+        bodies = [(json.dumps({"header": {name: value}}), count) for name, value, count in headers]
+        bodies += [(f"{{{many}}}", most), (f'{{{many},"k7":1}}', most), (f'{{"rcpt": [{"1," * 99999}1]}}', most)]
+        for text, count in bodies:
+            with self.subTest(text[:40]):
                 began = time.process_time()
                 self.assertEqual(len(haineko.parse_submission(text.encode())[1]), count)
                 self.assertLess(time.process_time() - began, 2)
 
 
-# ======================================================================================================================
-# 3. Settings
-# ======================================================================================================================
 class SettingsFile(Folder):
     KIJITORA = "{SSHA}9p2euyteR33mp0TYKjmYhTlIt1ctxuRn"
 
@@ -1770,51 +1736,39 @@ class SettingsFile(Folder):
             with self.subTest(content=content):
                 self.assertEqual(found, wanted)
 
-    def test_without_a_section_only_the_host_itself_gets_mail(self):
-        found, faults = haineko.load_settings(self.write("haineko.json", {}))
-        self.assertEqual((faults, found.recipients.open_relay), ([], False))
-        self.assertEqual(found.recipients.domainpart, {found.hostname.lower()})
-
     def test_all_faults_are_told_at_once(self):
         self.told(({
             "htpd": {},
-            "httpd": {"listen": "2794", "worker": 2, "workers": "2", "timeout": 3601, "max_connections": None,
+            "httpd": {"listen": "2794", "workers": "2", "timeout": 3601, "max_connections": None,
                       "allowed_origins": ["example.org"], "tls": {"key": 5, "crtificate": "a"}, "x": 1},
             "smtpd": {"hostname": "a b", "max_message_size": -1, "syslog": {"disabled": 3, "facility": "locl2"}},
             "relayhosts": {"open-relay": "no", "relayhosts": ["127.0.0.1", "192.0.2.0/33", "::g"]},
-            "recipients": {"domainparts": ["example.jp"]},
-            "mailertable": {"default": {"mailer": "SMTP", "port": 0}, "example.jp": {"host": "a b", "retry": 1.5}},
-            "sendermt": [],
+            "mailertable": {"default": {"port": 0}, "example.jp": {"host": "a b", "retry": 1.5}},
             "authinfo": {"a": {"user": "x"}, "b": {"password": {"file": "x", "env": "Y"}}, "c": {"password": 5}},
-            "password": {"u": "plain"},
+            "password": {"u": "plain"}, "sendermt": [],
             },
             'htpd: unknown key; did you mean "httpd"?',
             'httpd.listen: expected "host:port", "[v6]:port" or "unix:/path", got "2794"',
-            'httpd.worker: unknown key; did you mean "workers"?',
             "httpd.workers: expected a whole number from 0 to 256, got a string",
             "httpd.timeout: expected a whole number from 1 to 3600, got 3601",
             'httpd.allowed_origins[0]: expected a web origin like "https://www.example.org", got "example.org"',
             "httpd.tls.key: expected a string, got a number",
             'httpd.tls.crtificate: unknown key; did you mean "certificate"?',
-            "httpd.x: unknown key",
-            'smtpd.hostname: expected a host name, got "a b"',
+            "httpd.x: unknown key", 'smtpd.hostname: expected a host name, got "a b"',
             f"smtpd.max_message_size: expected a whole number from 0 to {1 << 40}, got -1",
             "smtpd.syslog.disabled: expected true or false, got a number",
             'smtpd.syslog.facility: unknown syslog facility "locl2"; did you mean "local2"?',
             "relayhosts.open-relay: expected true or false, got a string",
             'relayhosts.relayhosts[1]: expected an IP address or network, got "192.0.2.0/33"',
             'relayhosts.relayhosts[2]: expected an IP address or network, got "::g"',
-            'recipients.domainparts: unknown key; did you mean "domainpart"?',
-            'mailertable.default.mailer: unknown relay type "SMTP"; did you mean "ESMTP"?',
             "mailertable.default.port: expected a whole number from 1 to 65535, got 0",
             'mailertable.example.jp.host: expected a host name or an IP address, got "a b"',
             "mailertable.example.jp.retry: expected a whole number from 0 to 100, got 1.5",
-            "sendermt: expected an object, got a list",
             'authinfo.a.user: unknown key; did you mean "username"?',
             f"authinfo.b.password: expected {haineko.SECRET_FORMS}",
             "authinfo.c.password: expected a string, got a number",
             "password.u: expected a hash as `haineko.py pw` prints it, or {SSHA}",
-            "httpd.tls.certificate: expected the name of a PEM file",
+            "sendermt: expected an object, got a list", "httpd.tls.certificate: expected the name of a PEM file",
         ))  # fmt: skip
 
     def test_faults(self):
@@ -1833,8 +1787,7 @@ class SettingsFile(Folder):
             ({"mailertable": {"default": {"auth": "relai"}}, "authinfo": {"relay": {}}},
              'mailertable.default.auth: "relai" is not in authinfo; did you mean "relay"?'),
             ({"sendermt": {"a.org": {"auth": "x"}}}, 'sendermt.a.org.auth: "x" is not in authinfo'),
-            ({"mailertable": {"default": {"mailer": gone}}}, a_folder(gone)),
-            ({"mailertable": {"default": {"mailer": closed}}}, a_folder(closed)),
+            *[({table: {"default": {"mailer": name}}}, a_folder(name)) for name in (gone, closed)],
             ({table: {"default": {"host": "/tmp"}}}, f'{table}.default.host: expected a host name, got "/tmp"'),
             ({table: {"default": {"ca_file": "gone"}}}, f"{table}.default.ca_file: {gone}: No such file or directory"),
             *[({table: {"default": {"ca_file": name}}}, f"{table}.default.ca_file: {os.path.join(self.folder, name)}:")
@@ -1855,7 +1808,7 @@ class SettingsFile(Folder):
             ({"queue": {"path": "gone/x.db", "lifetime": 0}}, "queue.lifetime:", "queue.path:"),
             ({"httpd": {"tls": {"certificate": "gone", "key": "gone"}, "timeout": 0}}, "httpd.timeout:", "httpd.tls:"),
             ({"authinfo": {"a": {"password": {"file": "gone"}}}, "smtpd": 1}, "smtpd:", "authinfo.a.password.file:"),
-            ({"authinfo": "gone", "mailertable": {"default": {"auth": "x"}}}, "authinfo:"),
+            ({"authinfo": "gone", table: {"default": {"auth": "x"}}}, f"authinfo: {gone}: No such file or directory"),
             ({"mailertable": {"a.jp": {"mailer": 1, "auth": "x"}, "a.jp.example": {"auth": "x"}, "a.j": 5}},
              "mailertable.a.jp.mailer:", "mailertable.a.j:", "mailertable.a.jp.auth:",
              "mailertable.a.jp.example.auth:"),
@@ -1874,21 +1827,20 @@ class SettingsFile(Folder):
         self.assertEqual(self.faults({}, 0o602), [f"{path}: can be written by everybody; chmod 600 {path}"])
         os.unlink(path)
         self.assertEqual(haineko.load_settings(path)[1], [f"{path}: No such file or directory"])
-        self.assertEqual(haineko.load_settings(self.folder)[1], [f"{self.folder}: Is a directory"])
 
     def test_a_section_in_a_file_of_its_own(self):
         self.write("authinfo", {"relay": {"username": "u", "password": "p"}})
-        aside = self.write("aside.json", {"default": {"host": "192.0.2.1", "auth": "relay"}}, 0o644)
+        self.write("aside.json", {"default": {"host": "192.0.2.1", "auth": "relay"}}, 0o644)
         path = self.write("haineko.json", {"authinfo": "authinfo", "mailertable": "aside.json"}, 0o644)
         found, faults = haineko.load_settings(path)
         self.assertEqual((faults, found.mailertable["default"].credentials), ([], ("u", "p")))
+        recipients = found.recipients  # without that section only the host itself gets mail
+        self.assertEqual((recipients.open_relay, recipients.domainpart), (False, {found.hostname.lower()}))
         names = {os.path.basename(name) for name, _ in found.files}
         self.assertEqual(names, {"haineko.json", "authinfo", "aside.json"})
         self.assertTrue(all(haineko.stat_key(name) == was for name, was in found.files))
         self.write("aside.json", {"default": {"hst": "192.0.2.1"}}, 0o644)
         self.assertEqual(haineko.load_settings(path)[1], ['mailertable.default.hst: unknown key; did you mean "host"?'])
-        os.unlink(aside)
-        self.assertEqual(haineko.load_settings(path)[1], [f"mailertable: {aside}: No such file or directory"])
 
     def test_secrets_that_everybody_can_read_are_refused(self):
         login, hashes = {"relay": {"username": "u", "password": "p"}}, {"kijitora": self.KIJITORA}
@@ -1928,7 +1880,6 @@ class SettingsFile(Folder):
         cases = [
             (f"Basic {right}", True), (f"basic {right}", True), (f"Bearer {right}", False), ("Basic ねこ", False),
             ("Basic " + base64.b64encode("ねこ:kijitora".encode()).decode(), True), ("", False),
-            ("Basic " + base64.b64encode(b"kijitora:").decode(), False),
             ("Basic " + base64.b64encode(b"\xff:\xff").decode(), False),
         ]  # fmt: skip
         for credentials, wanted in cases:
@@ -1940,7 +1891,7 @@ class SettingsFile(Folder):
     def test_every_login_costs_the_same(self):
         digest = hashlib.scrypt(b"neko", salt=b"s" * 16, n=1 << 14, r=8, p=1)
         old = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (b"s" * 16, digest))
-        new, costs = scrypt_line("neko"), {}
+        new, costs = json.loads("{" + run_here("pw", given="neko\n")[1] + "}").popitem()[1], {}
         gate = settings(password={"old": old, "ssha": self.KIJITORA, "new": new}).password
         for user in ("old", "ssha", "new", "nobody"):
             for word in ("1", "2", "3"):
@@ -1971,10 +1922,9 @@ class SettingsFile(Folder):
             self.assertEqual(not faults, value in good, (value, faults))
 
     def test_names_compare_without_case_and_domains_in_ascii(self):
-        names = [("esmtp", "ESMTP", "ESMTP"), ("SCREEN", "Screen", "Screen"), ("File", "File", "File")]
-        for given, mailer, relay in [*names, (self.folder, self.folder, "File")]:
+        for given, mailer in {"esmtp": "ESMTP", "SCREEN": "Screen", "File": "File", self.folder: self.folder}.items():
             route = settings(mailertable={"default": {"mailer": given}}).mailertable["default"]
-            self.assertEqual((route.mailer, route.relay), (mailer, relay))
+            self.assertEqual((route.mailer, route.relay), (mailer, "File" if given == self.folder else mailer))
         aliases = {"root": "ops@example.org", "Cron": ["a@example.org", "b@example.org"]}
         wanted = {"root": ("ops@example.org",), "cron": ("a@example.org", "b@example.org")}
         self.assertEqual(settings(smtpd={"aliases": aliases}).smtpd.aliases, wanted)
@@ -1993,11 +1943,8 @@ class SettingsFile(Folder):
 
     def test_shown_settings_hold_no_secret(self):
         tokens = dict.fromkeys(("client_secret", "refresh_token", "access_token"), "hush-2")
-        login = {
-            "username": "mikeneko",
-            "password": "hush-1",
-            "oauth2": {"provider": "google", "client_id": "a", **tokens},
-        }
+        oauth2 = {"provider": "google", "client_id": "a", **tokens}
+        login = {"username": "mikeneko", "password": "hush-1", "oauth2": oauth2}
         content = {
             "authinfo": {"relay": login, "none": {"username": "sabineko"}},
             "password": {"kijitora": self.KIJITORA},
@@ -2010,20 +1957,15 @@ class SettingsFile(Folder):
         text = json.dumps(haineko.redacted(found))
         for word in ("hush", self.KIJITORA[6:]):
             self.assertNotIn(word, text + repr(found) + repr(found.mailertable))
-        shown = json.loads(text)
-        wanted = {
-            "username": "mikeneko",
-            "password": "********",
-            "token": "",
-            "oauth2": shown["authinfo"]["relay"]["oauth2"],
-        }
-        self.assertEqual(shown["authinfo"]["relay"], wanted)
-        self.assertEqual([wanted["oauth2"][name] for name in tokens], ["********"] * 3)
-        self.assertEqual((shown["authinfo"]["none"]["password"], shown["password"]), ("", {"kijitora": "********"}))
+        shown, mask = json.loads(text), "********"
+        relay = shown["authinfo"]["relay"]
+        self.assertEqual((relay["username"], relay["password"], relay["token"]), ("mikeneko", mask, ""))
+        self.assertEqual([relay["oauth2"][name] for name in tokens], [mask] * 3)
+        self.assertEqual((shown["authinfo"]["none"]["password"], shown["password"]), ("", {"kijitora": mask}))
         self.assertEqual(shown["relayhosts"], {"open-relay": False, "relayhosts": ["192.0.2.0/24"]})
         self.assertEqual(shown["recipients"]["domainpart"], ["a.example", "b.example"])
-        self.assertEqual(shown["mailertable"]["default"]["starttls"], True)
-        self.assertEqual(shown["httpd"]["listen"], ["127.0.0.1:2794"])
+        default = shown["mailertable"]["default"]
+        self.assertEqual((default["starttls"], shown["httpd"]["listen"]), (True, ["127.0.0.1:2794"]))
         self.assertEqual(set(shown), set(haineko.key_table(haineko.Settings)))
         defaults = json.dumps(haineko.redacted(settings(mailertable={}, sendermt={})))
         haineko.from_dict(haineko.Settings, json.loads(defaults), "", faults)
@@ -2053,8 +1995,7 @@ class Secrets(Folder):
 
     def read(self, source) -> tuple:
         """(the password, faults) of settings with that password; then the names of the files that were read."""
-        logins = {"key": {"username": "u", "password": source}}
-        content = {"authinfo": logins, "mailertable": {"default": {"host": "mx.example", "auth": "key"}}}
+        content = {"authinfo": {"k": {"username": "u", "password": source}}, "mailertable": {"default": {"auth": "k"}}}
         found, faults = haineko.load_settings(self.write("haineko.json", content))
         self.names = [os.path.basename(name) for name, _ in found.files]
         return found.mailertable["default"].credentials[1], faults
@@ -2065,9 +2006,9 @@ class Secrets(Folder):
     def setUp(self) -> None:
         super().setUp()
         words = {"CREDENTIALS_DIRECTORY": self.folder, "HAINEKO_WORD": "from env\n", "HAINEKO_LINES": "geheim\ngeheim"}
-        self.addCleanup(os.environ.update, dict(os.environ))
-        self.addCleanup(os.environ.clear)
-        os.environ.update(words)
+        for name, word in words.items():
+            os.environ[name] = word
+            self.addCleanup(os.environ.pop, name, None)
 
     def test_what_is_read(self):
         self.write("secret", "from a file\r\n")
@@ -2110,7 +2051,7 @@ class Secrets(Folder):
             for source, fault in cases:
                 with self.subTest(source):
                     began = time.monotonic()
-                    self.assertEqual(self.read(source)[1], [f"authinfo.key.password{fault}"])
+                    self.assertEqual(self.read(source)[1], [f"authinfo.k.password{fault}"])
                     self.assertNotIn("ran", os.listdir(self.folder))
                     self.assertLess(time.monotonic() - began, 5)
 
@@ -2128,14 +2069,7 @@ def patched(where, **values):
             setattr(where, name, value)
 
 
-# ======================================================================================================================
-# 4. Log and metrics
-# ======================================================================================================================
 class LogLines(Quiet):
-    def setUp(self) -> None:
-        super().setUp()
-        self.addCleanup(vars(haineko.log).clear)
-
     def pipe(self) -> int:
         """Makes stderr a pipe; gives the end to be read."""
         reading, writing = os.pipe()
@@ -2162,12 +2096,9 @@ class LogLines(Quiet):
         self.assertEqual(self.logged(), ["mx.example.jp < 250 a\tb?[2J"])
 
     def test_lines_that_are_held_are_written_by_flush_in_their_order(self):
-        def write(name: str) -> None:
-            for i in range(300):
-                haineko.log.lines(f"{name}{i}")
-
         haineko.log.start_buffering()
-        writers = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+        write = haineko.log.lines
+        writers = [threading.Thread(target=lambda c=c: [write(f"{c}{i}") for i in range(300)]) for c in "ab"]
         for writer in writers:
             writer.start()
         haineko.log.lines("first", "second")
@@ -2193,7 +2124,8 @@ class LogLines(Quiet):
 
     def test_syslog_may_come_go_and_stop_reading(self):
         def said(daemon: socket.socket) -> list:
-            return [octets.decode().partition("]: ")[2] for octets in self.all_of(daemon.recv, 4096)]
+            self.lines = [octets.decode() for octets in self.all_of(daemon.recv, 4096)]
+            return [line.partition("]: ")[2] for line in self.lines]
 
         with tempfile.TemporaryDirectory(prefix="haineko.") as folder:
             log, path = haineko.Log(), os.path.join(folder, "log")
@@ -2201,12 +2133,11 @@ class LogLines(Quiet):
             log.open(haineko.Syslog(disabled=False, facility="mail"))
             log.lines("nobody is there")
             daemon = self.syslogd(path)
-            log.lines("a: one")
-            self.assertEqual(daemon.recv(4096).partition(b": ")[2], b"1 lines were lost, since nobody read them")
-            head = rf"\A<22>[A-Z][a-z]{{2}} [ \d]\d \d\d:\d\d:\d\d haineko\[{os.getpid()}\]: a: one\Z"
-            self.assertRegex(daemon.recv(4096).decode(), head)
             log.lines("a: one", "b: two ねこ \ud800")
-            self.assertEqual(said(daemon), ["a: one", "b: two ねこ \\ud800"])
+            wanted = ["1 lines were lost, since nobody read them", "a: one", "b: two ねこ \\ud800"]
+            self.assertEqual(said(daemon), wanted)
+            time_and_name = rf"[A-Z][a-z]{{2}} [ \d]\d \d\d:\d\d:\d\d haineko\[{os.getpid()}\]"
+            self.assertRegex(self.lines[1], rf"\A<22>{time_and_name}: a: one\Z")
             log.lines(*["unread"] * 3000)
             count = len(said(daemon))
             self.assertEqual((count > 0, log.lost), (True, 3000 - count))
@@ -2292,13 +2223,13 @@ class MetricsTable(unittest.TestCase):
                 os._exit(0)
             pids.append(pid)
         self.assertEqual([os.waitpid(pid, 0)[1] for pid in pids], [0, 0, 0])
-        lines = metrics.text({}).splitlines()
-        cats = [line for line in lines if line.startswith("cats")]
-        self.assertEqual(cats, ['cats_total{kind="a"} 6000', 'cats_total{kind="b"} 0'])
+        text = metrics.text({})
+        self.assertNotIn("unknown", text)
         naps = {"0.005": 1, "0.25": 1, "0.5": 2, "30": 2, "+Inf": 3}
         wanted = [f'naps_seconds_bucket{{le="{bound}"}} {count}' for bound, count in naps.items()]
         wanted += ["# HELP naps_seconds Naps.", "# TYPE naps_seconds histogram", "naps_seconds_count 3"]
-        self.assertEqual({*wanted, "naps_seconds_sum 99.305", "food_bytes 7"} - set(lines), set())
+        wanted += ["naps_seconds_sum 99.305", "food_bytes 7", 'cats_total{kind="a"} 6000', 'cats_total{kind="b"} 0']
+        self.assertEqual(set(wanted) - set(text.splitlines()), set())
         self.assertNotIn("\nfood_bytes ", metrics.text({("food_bytes",): None}))
 
 
