@@ -9727,68 +9727,57 @@ class QueuePure(Folder):
         return haineko.LeasedRecipient(1, item, haineko.NewRecipient(to, to, 1, "x"), attempts)
 
     def bounce(self, said=NEVER, **more):
-        """(its octets, the same parsed) of a bounce."""
         force = settings(smtpd={"hostname": "mx.example.org"})
-        octets = haineko.new_bounce(self.parcel(**more), said, force, 1e9 + 7200).message.copy("", 1)
-        return octets, parsed(octets)
+        return haineko.new_bounce(self.parcel(**more), said, force, 1e9 + 7200).message.copy("", 1)
 
     def test_bounce(self):
         words = "5.1.1 no such cat", "ねこ\r\nEvil: x"
         said = haineko.Reply("550", "5.1.1", "RCPT", words, "ESMTP", "mx.example.jp", 25)
         parts = "Subject: ねこ\r\nTo: ".encode(), b"\r\nMessage-Id: <Q.", b"@x>\r\n\r\nNyaa\r\n"
-        octets, report = self.bounce(said, message=haineko.Message(parts, True))
+        octets = self.bounce(said, message=haineko.Message(parts, True))
         self.assertNotRegex(octets, rb"(?<!\r)\n|\r(?!\n)|\nEvil|Nyaa")
-        self.assertEqual(report.get_content_type(), "multipart/report")
-        self.assertEqual(report["content-type"].params["report-type"], "delivery-status")
-        self.assertEqual((report["to"], report["auto-submitted"]), ("s@example.org", "auto-replied"))
+        report = parsed(octets)
         words, status, headers = report.iter_parts()
+        kinds = [part.get_content_type() for part in (report, words, status, headers)]
+        wanted = ["multipart/report", "text/plain", "message/delivery-status", "text/rfc822-headers"]
+        self.assertEqual((kinds, report["content-type"].params["report-type"]), (wanted, "delivery-status"))
+        self.assertEqual((report["to"], report["auto-submitted"]), ("s@example.org", "auto-replied"))
         self.assertIn("no such cat", words.get_content())
         whole, one = status.get_payload()
         self.assertEqual(whole["Reporting-MTA"], "dns; mx.example.org")
-        self.assertEqual((one["Action"], one["Status"]), ("failed", "5.1.1"))
-        self.assertEqual(one["Final-Recipient"], "rfc822; A@example.jp")
-        self.assertEqual(one["Remote-MTA"], "dns; mx.example.jp")
+        told = one["Action"], one["Status"], one["Final-Recipient"], one["Remote-MTA"]
+        self.assertEqual(told, ("failed", "5.1.1", "rfc822; A@example.jp", "dns; mx.example.jp"))
         self.assertIn("550 5.1.1 no such cat", one["Diagnostic-Code"])
-        self.assertEqual(headers.get_content_type(), "text/rfc822-headers")
         self.assertIn(b"Message-Id: <Q.1@x>", headers.get_payload(decode=True))
 
-    def test_bounces_say_how_their_text_is_coded(self):
-        for to, coding in (("tama@example.jp", "7bit"), ("たま@example.jp", "8bit")):
-            with self.subTest(to):
-                message = haineko.Message((b"Subject: x\r\nTo: All\r\n\r\nNyaa\r\n",))
-                words, *_ = self.bounce(to=to, message=message)[1].get_payload()
-                self.assertEqual(words["Content-Transfer-Encoding"], coding)
-                self.assertIn(to, words.get_payload(decode=True).decode())
-
-    def test_bounces_return_few_fields(self):
+    def test_bounces_return_few_fields_and_say_how_they_are_coded(self):
         kept = b"From: f@x\r\nTo: t@x\r\nSubject: a\r\n b\r\n", b"Date: d\r\nMessage-Id: <1@x>\r\n"
         table = (
-            (b"Received: x\r\n%bX-Spam: x\r\n%b" % kept, b"".join(kept)),
-            (b"Date: d\r\n\r\nSubject: body\r\n", b"Date: d\r\n"),
-            (b"To: t\r\nSubject:%b\r\n" % (b" x" * 9999), b"To: t\r\n"),
-            (b"Subject: x\r\n" * 9999, b"Subject: x\r\n" * (haineko.MAX_RETURNED // 12)),
-            (b"", b""),
+            (b"Received: x\r\n%bX-Spam: x\r\n%b" % kept, "tama", b"".join(kept)),
+            (b"Date: d\r\n\r\nSubject: body\r\n", "たま", b"Date: d\r\n"),
+            (b"To: t\r\nSubject:%b\r\n" % (b" x" * 9999), "tama", b"To: t\r\n"),
+            (b"Subject: x\r\n" * 9999, "tama", b"Subject: x\r\n" * (haineko.MAX_RETURNED // 12)),
+            (b"", "tama", b""),
         )
-        for octets, wanted in table:
+        for octets, to, wanted in table:
             with self.subTest(octets[:40]):
-                bounce, _ = self.bounce(message=haineko.Message((octets,)))
-                _, _, returned = email.message_from_bytes(bounce).get_payload()
+                bounce = self.bounce(to=f"{to}@example.jp", message=haineko.Message((octets,)))
+                words, _, returned = email.message_from_bytes(bounce).get_payload()
+                self.assertEqual(words["Content-Transfer-Encoding"], "7bit" if to.isascii() else "8bit")
+                self.assertIn(f"{to}@example.jp", words.get_payload(decode=True).decode())
                 self.assertEqual(returned.get_payload(), wanted.decode())
 
     def test_reports(self):
         queue = haineko.QueueSettings(path="x", webhook="http://h/")
-        domains = haineko.Recipients(domainpart=frozenset(("example.org",)))
-        force = haineko.Settings(queue=queue, recipients=domains)
+        force = haineko.Settings(queue=queue, recipients=haineko.Recipients(domainpart=frozenset(("example.org",))))
         table = (
             ({}, "delivered", ["message.delivered"]),
-            ({"attempts": 1}, "open", ["message.deferred"]),
-            ({"attempts": 2}, "open", []),
+            ({"attempts": 1}, "open", ["message.deferred"]), ({"attempts": 2}, "open", []),
             ({}, "failed", ["message.failed", "bounce"]),
-            ({"sender": ""}, "failed", []),  # of a bounce
-            ({"sender": "", "kind": "event"}, "failed", []),
+            ({"sender": ""}, "failed", []), ({"sender": "", "kind": "event"}, "failed", []),  # a bounce, an event
             ({"sender": "a@example.net"}, "failed", ["message.failed"]),  # who may not be written to
             ({"sender": "a@example.net", "login": "tama"}, "failed", ["message.failed", "bounce"]),
-        )
+        )  # fmt: skip
         for more, state, wanted in table:
             with self.subTest(state, **more):
                 found = haineko.notifications(self.parcel(**more), LATER, state, force, 1e9)
@@ -9839,19 +9828,16 @@ class QueueStore(Folder, Quiet):
         Quiet.setUp(self)
         Folder.setUp(self)
         self.policy = haineko.QueueSettings(path=os.path.join(self.folder, "q.db"), min_free=0)
-        self.store = self.open()
+        self.use(haineko.QueueDB(self.policy))
 
-    def open(self):
-        store = haineko.QueueDB(self.policy)
-        store.timeout = 0.1
+    def use(self, store):
+        self.store, store.timeout = store, 0.1
         self.addCleanup(store.close, True)
-        return store
 
     def app(self):
         """An app with this queue, whose store is this test's from now on."""
         service = haineko.App(settings(queue={"path": self.policy.path, "min_free": 0}))
-        self.store = service.queue
-        self.addCleanup(self.store.close, True)
+        self.use(service.queue)
         return service
 
     def do(self, operation, *values):
@@ -9892,8 +9878,9 @@ class QueueStore(Folder, Quiet):
         more = {"cwd": HERE, "env": environment(), "capture_output": True, "text": True, "timeout": 20}
         return subprocess.run(words, stdin=subprocess.DEVNULL, check=False, **more)
 
-    def test_only_the_owner_reads_it(self):
+    def test_it_is_durable_and_only_the_owner_reads_it(self):
         self.add("a")
+        self.assertEqual((self.row("PRAGMA journal_mode"), self.row("PRAGMA synchronous")), (("wal",), (2,)))
         names = os.listdir(self.folder)
         self.assertEqual(sorted(names), ["q.db", "q.db-shm", "q.db-wal", "q.db.lock"])
         for path in [os.path.join(self.folder, name) for name in names]:
@@ -9905,10 +9892,6 @@ class QueueStore(Folder, Quiet):
             self.do(haineko.queue_stats, 0)
             for name in names:
                 self.assertEqual(os.stat(os.path.join(self.folder, name)).st_mode & 0o777, 0o600, name)
-
-    def test_durable_settings(self):
-        self.do(haineko.queue_stats, 0)
-        self.assertEqual((self.row("PRAGMA journal_mode"), self.row("PRAGMA synchronous")), (("wal",), (2,)))
 
     def test_take_by_lane(self):
         now = time.time()
@@ -9987,7 +9970,19 @@ class QueueStore(Folder, Quiet):
                 self.assertEqual(self.do(haineko.drop_message, bad, 0), 1)
 
     def test_a_fault_accepts_nothing_and_heals(self):
-        for hurt in (self.lock, self.spoil):
+        def locked():
+            other = sqlite3.connect(self.policy.path, isolation_level=None)
+            other.execute("BEGIN EXCLUSIVE")
+            return other.close
+
+        def corrupt():
+            self.store.close()
+            with open(self.policy.path, "rb") as stream:
+                octets = stream.read()
+            self.write("q.db", b"This is no queue" * 999)
+            return lambda: self.write("q.db", octets)
+
+        for hurt in (locked, corrupt):
             with self.subTest(hurt):
                 self.do(haineko.queue_stats, 0)
                 heal = hurt()
@@ -9998,18 +9993,6 @@ class QueueStore(Folder, Quiet):
                 heal()
                 self.add(hurt.__name__)
                 self.assertEqual((self.store.health_error(), self.stored(hurt.__name__)), ("", 1))
-
-    def lock(self):
-        other = sqlite3.connect(self.policy.path, isolation_level=None)
-        other.execute("BEGIN EXCLUSIVE")
-        return other.close
-
-    def spoil(self):
-        self.store.close()
-        with open(self.policy.path, "rb") as stream:
-            octets = stream.read()
-        self.write("q.db", b"This is no queue" * 999)
-        return lambda: self.write("q.db", octets)
 
     def test_files_that_are_moved_away(self):
         elsewhere, names = tempfile.mkdtemp(dir=self.folder), ("", "-wal", "-shm", ".lock")
@@ -10055,10 +10038,6 @@ class QueueStore(Folder, Quiet):
             self.assertEqual(self.row("SELECT count(*) FROM messages"), (left,))
         self.assertEqual(self.row("SELECT count(*) FROM recipients"), (0,))
 
-    def interrupt(self, now):
-        """What another process does when one has died."""
-        self.do(haineko.release_leases, self.policy, now)
-
     def test_an_attempt_that_ends_well_clears_the_count(self):
         self.add("a")
         now = time.time()
@@ -10066,7 +10045,7 @@ class QueueStore(Folder, Quiet):
             for _ in range(2):
                 now += 99999
                 self.assertEqual(self.leased(now), ["a"])
-                self.interrupt(now)
+                self.do(haineko.release_leases, self.policy, now)  # what another process does when one has died
             now += 99999
             (leased,) = self.lease(now)
             self.do(haineko.finish_attempt, leased.id, haineko.AttemptResult(LATER, "open"), now)
@@ -10080,24 +10059,9 @@ class QueueStore(Folder, Quiet):
             now += 99999
             self.assertEqual(len(self.lease(now)), count)
             self.assertEqual(self.lease(now), [])
-            self.interrupt(now)
+            self.do(haineko.release_leases, self.policy, now)
         stats = self.do(haineko.queue_stats, now)
         self.assertEqual((stats["held"], stats["sending"], stats["waiting"]), (1, 0, 2))
-
-    def test_held_mail_is_tried_again_on_its_own_word_only(self):
-        self.add("calm", "killer")
-        now = time.time()
-        for _ in range(3):
-            now += 99999
-            calm, killer = self.lease(now)
-            self.assertEqual((calm.item.queueid, killer.item.queueid), ("calm", "killer"))
-            self.do(haineko.finish_attempt, calm.id, haineko.AttemptResult(LATER, "open", -99), now)
-            self.interrupt(now)
-        self.do(haineko.drop_message, "calm", now)
-        self.assertEqual((self.states("killer"), self.lease(now + 99999)), (["held"], []))
-        self.do(haineko.flush_queue, None)
-        self.assertEqual(self.states("killer"), ["held"])
-        self.assertEqual((self.do(haineko.flush_queue, "killer"), self.states("killer")), (1, ["waiting"]))
 
     def test_a_bug_ends_no_lease_never(self):
         """What can't be recorded because of a bug is tried again, and held at the third time."""
@@ -10161,7 +10125,7 @@ class QueueStore(Folder, Quiet):
                 with self.subTest(suffix, what=what):
                     self.policy = replace(self.policy, path=os.path.join(self.folder, f"{what}{suffix}"))
                     make(self.policy.path + suffix)
-                    self.store = self.open()
+                    self.use(haineko.QueueDB(self.policy))
                     with self.assertRaises(haineko.Rejected):
                         self.add("a")
                     with open(target) as stream:
@@ -10225,17 +10189,14 @@ class QueueServed(unittest.TestCase):
         self.assertEqual((status, fields["Location"], item["command"]), (202, f"/queue/{queueid}", "QUEUE"))
         self.assertEqual(self.server.fate(queueid)["at@example.jp"]["next"]["unixtime"], str(now + 3))
         far = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + 86400))
-        cancelled = self.server.submit("never2@example.jp", send_at=far)[2]["queueid"]
-        line = f"{cancelled}: client=127.0.0.1 from=<kijitora@example.org> (queued, to be delivered at 2"
+        waits = self.server.submit("never2@example.jp", send_at=far)[2]["queueid"]
+        line = f"{waits}: client=127.0.0.1 from=<kijitora@example.org> (queued, to be delivered at 2"
         self.assertIn(line, self.server.log())
         self.assertEqual(self.server.queue("flush").returncode, 0)  # which is for what was tried
-        self.assertEqual(self.server.fate(cancelled)["never2@example.jp"]["state"], "waiting")
-        status, found = self.server.ask(get(f"/queue/{cancelled}", method="DELETE"))[::2]
-        self.assertEqual((status, found["cancelled"], found["response"][0]["state"]), (200, 1, "dropped"))
+        self.assertEqual(self.server.fate(waits)["never2@example.jp"]["state"], "waiting")
         past = self.server.submit("past@example.jp", send_at="2001-02-03T04:05:06.7+09:00")
         self.assertEqual(past[0], 202)
-        eventually(lambda: self.peer.to("past@example.jp"))
-        eventually(lambda: self.peer.to("at@example.jp"))
+        eventually(lambda: self.peer.to("past@example.jp") and self.peer.to("at@example.jp"))
         self.assertGreaterEqual(time.time(), now + 3)
         sent = email.message_from_bytes(self.peer.to("at@example.jp")[0].text)
         self.assertEqual(email.utils.parsedate_to_datetime(sent["Date"]).timestamp(), now + 3)
@@ -10272,7 +10233,6 @@ class QueueServed(unittest.TestCase):
             (("a@example.jp", "b@example.jp"), 200, ["DATA", "DATA"]),
             (("c@example.jp", "later1a@example.jp"), 202, ["DATA", "QUEUE"]),
             (("later1b@example.jp", "never@example.jp"), 207, ["QUEUE", "RCPT"]),
-            (("never@example.jp",), 502, ["RCPT"]),
             (("x@dead.example",), 202, ["QUEUE"]),
         )
         for recipients, status, commands in table:
@@ -10297,16 +10257,16 @@ class QueueServed(unittest.TestCase):
         _, _, answer = self.server.submit("never@example.jp", sender=sender, **{"async": True})
         eventually(lambda: self.peer.to(sender), what="bounce")
         (mail,) = self.peer.to(sender)
-        one = list(parsed(mail.text).iter_parts())[1].get_payload()[1]
-        told = mail.sender, one["Final-Recipient"], one["Status"]
-        self.assertEqual(told, ("", "rfc822; never@example.jp", "5.1.1"))
+        self.assertEqual(mail.sender, "")
+        self.assertIn(
+            b"\r\nFinal-Recipient: rfc822; never@example.jp\r\nAction: failed\r\nStatus: 5.1.1\r\n", mail.text
+        )
         self.assertEqual(self.server.fate(answer["queueid"])["never@example.jp"]["state"], "failed")
         eventually(lambda: self.events(answer["queueid"]) == ["message.failed"], what="event")
-        with self.subTest("none for a bounce that bounces"):
-            self.server.submit("never@example.jp", sender="never2@example.jp", **{"async": True})
-            line = "from=<> to=<never2@example.jp>.* status=bounced"
-            eventually(lambda: re.search(line, self.server.log()), what="its end")
-            self.assertNotIn("to=<>", self.server.log())
+        self.server.submit("never@example.jp", sender="never2@example.jp", **{"async": True})
+        line = "from=<> to=<never2@example.jp>.* status=bounced"
+        eventually(lambda: re.search(line, self.server.log()), "the end of a bounce that bounces")
+        self.assertNotIn("to=<>", self.server.log())
 
     def test_zz_end_of_life(self):
         """Those that wait for a dead host are given up when their life ends, with the host's last words."""
@@ -10381,15 +10341,10 @@ class QueueAlone(unittest.TestCase):
 
     def test_without_the_section(self):
         server = served(self, {**queue_settings(self.peer()), "queue": None})
-        table = (
-            ("later1@example.jp", {}, 503),
-            ("a@example.jp", {"headers": {"Idempotency-Key": "x"}}, 400),
-            ("a@example.jp", {"async": True}, 400),
-            ("a@example.jp", {"headers": {"Prefer": "respond-async"}}, 200),  # which may be ignored
-        )
-        for to, more, wanted in table:
-            with self.subTest(to, **more):
-                status, _, answer = server.submit(to, **more)
+        key, prefer = {"Idempotency-Key": "x"}, {"Prefer": "respond-async"}  # which may be ignored
+        for more, wanted in (({}, 503), ({"headers": key}, 400), ({"async": True}, 400), ({"headers": prefer}, 200)):
+            with self.subTest(**more):
+                status, _, answer = server.submit("a@example.jp" if more else "later1@example.jp", **more)
                 self.assertEqual(status, wanted)
                 if status == 400:
                     self.assertIn('"queue": {"path": "haineko.db"}', answer["response"][0]["message"][0])
@@ -10531,7 +10486,8 @@ class QueueAlone(unittest.TestCase):
         self.assertRegex(server.log(), "to=<killer@example.jp> status=held")
         self.assertIn("next held", server.queue("list").stdout)
         gate.set()
-        self.assertEqual(server.queue("retry", queueid).stdout, "1 recipient to be tried at once\n")
+        for which, told in (("--all", "0 recipients"), (queueid, "1 recipient")):
+            self.assertEqual(server.queue("retry", which).stdout, f"{told} to be tried at once\n")
         eventually(lambda: self.state(server, queueid) == "delivered", "delivery")
 
     def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self):
@@ -10591,13 +10547,11 @@ class QueueCrash(unittest.TestCase):
             time.sleep(self.dice.uniform(0.02, 0.3))
             victims = [*self.server.workers(), self.server.process.pid]
             victim = victims[turn % len(victims)] if turn % 4 != 3 else 0
-            if not victim:
-                self.server.kill()
-            else:
-                try:
+            if victim:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+            else:
+                self.server.kill()
             if victim in (0, self.server.process.pid):
                 self.server.process.wait()
                 self.server.start()
@@ -10695,15 +10649,11 @@ class Submitting(Peers):
     def test_tries_again_after_a_temporary_failure_only(self) -> None:
         later, well = "450 4.2.0 later", USUAL["RCPT"]
         cases = (  # what it says, retry, code, transactions
-            ({"RCPT": [later, well]}, 0, "450", 1),
-            ({"RCPT": [later, well]}, 1, "250", 2),
-            ({"RCPT": [later, later, well]}, 1, "450", 2),
-            ({"RCPT": [later, later, well]}, 5, "250", 3),
-            ({"RCPT": "550 5.1.1 no"}, 5, "550", 1),
-            ({"CONN": ["421 4.3.2 busy", USUAL["CONN"]]}, 1, "250", 1),
-            ({".": ["451 4.3.0 oops", "250 2.0.0 ok"]}, 1, "250", 2),
-            ({".": HANG_UP}, 5, "421", 1),
-        )
+            ({"RCPT": [later, well]}, 0, "450", 1), ({"RCPT": [later, well]}, 1, "250", 2),
+            ({"RCPT": [later, later, well]}, 1, "450", 2), ({"RCPT": [later, later, well]}, 5, "250", 3),
+            ({"RCPT": "550 5.1.1 no"}, 5, "550", 1), ({"CONN": ["421 4.3.2 busy", USUAL["CONN"]]}, 1, "250", 1),
+            ({".": ["451 4.3.0 oops", "250 2.0.0 ok"]}, 1, "250", 2), ({".": HANG_UP}, 5, "421", 1),
+        )  # fmt: skip
         for says, retry, code, transactions in cases:
             with self.subTest(says=str(says), retry=retry):
                 peer = self.peer(says)
@@ -10759,36 +10709,25 @@ class Submitting(Peers):
         self.assertTrue(all(re.fullmatch("[0-9A-Za-z]{16}", item) for item in found))
 
 
-class DryRun(Folder, Quiet):
-    def setUp(self):
-        Quiet.setUp(self)
-        Folder.setUp(self)
-
+class DryRun(Quiet):
     def test_routes(self):
-        table = {
-            "default": {"host": "smtp.example.org", "port": 587, "starttls": True},
-            "mx.example": {"mailer": "MX"},
-            "file.example": {"mailer": "/tmp"},
-            "far.example": {"mailer": "Haineko", "host": "haineko.example.org"},
-        }
+        far = {"mailer": "Haineko", "host": "far.example.org"}
+        table = {"mx.example": {"mailer": "MX"}, "file.example": {"mailer": "/tmp"}, "far.example": far}
+        table["default"] = {"host": "smtp.example.org", "port": 587, "starttls": True}
         force = settings(mailertable=table, smtpd={"hostname": NAME, "max_rcpts_per_message": 0})
+        where = 'http://far.example.org:2794 (mailertable["far.example"])'
         cases = {
-            "a@example.jp": (
-                "ESMTP", "smtp.example.org", 587, "ESMTP smtp.example.org:587, STARTTLS (mailertable.default)",
-            ),
-            "a@mx.example": ("MX", None, None, 'MX (mailertable["mx.example"])'),
-            "a@file.example": ("File", None, None, 'File /tmp (mailertable["file.example"])'),
-            "a@far.example": (
-                "Haineko", "haineko.example.org", 2794,
-                'Haineko http://haineko.example.org:2794 (mailertable["far.example"])',
-            ),
-        }  # fmt: skip
+            "a@example.jp": ("ESMTP", "smtp.example.org", 587, "smtp.example.org:587, STARTTLS (mailertable.default)"),
+            "a@mx.example": ("MX", None, None, '(mailertable["mx.example"])'),
+            "a@file.example": ("File", None, None, '/tmp (mailertable["file.example"])'),
+            "a@far.example": ("Haineko", "far.example.org", 2794, where),
+        }
         status, found = posted(document(rcpt=list(cases), dry_run=True), force)
         self.assertEqual((status, found["recipient"], set(found) - TOP), (200, list(cases), {"message_octets", "raw"}))
         said = {"error": 0, "code": "250", "dsn": "2.0.0", "command": "DRYRUN"}
         for item, (to, (mailer, host, port, line)) in zip(found["response"], cases.items()):
             with self.subTest(to):
-                told = {"message": ["Not sent", f"{to}: {line}"], "mailer": mailer, "host": host, "port": port}
+                told = {"message": ["Not sent", f"{to}: {mailer} {line}"], "mailer": mailer, "host": host, "port": port}
                 self.assertEqual(item, {"rcpt": to, **said, **told})
         message = email.message_from_string(found["raw"])
         self.assertEqual((message["To"], message["Subject"]), ("a@example.jp", "Nyaaaa"))
@@ -10797,16 +10736,15 @@ class DryRun(Folder, Quiet):
 
     def test_refusals_are_the_usual_ones(self):
         force = settings(smtpd={"hostname": NAME, "max_message_size": 2000})
-        for change, status, codes in (
-            ({"rcpt": ["no address"]}, 400, ["553"]),
-            ({"rcpt": ["a@example.jp", "no address"]}, 207, ["250", "553"]),
-            ({"body": "x" * 3000}, 413, ["552"]),
-            ({"header": {"x-mc-tags": "a"}}, 400, ["554"]),
-            ({"dry_run": "yes"}, 400, ["554"]),
-        ):
+        table = (
+            ({"rcpt": ["no address"]}, 400, "553"), ({"rcpt": ["a@example.jp", "no address"]}, 207, "250 553"),
+            ({"body": "x" * 3000}, 413, "552"), ({"header": {"x-mc-tags": "a"}}, 400, "554"),
+            ({"dry_run": "yes"}, 400, "554"),
+        )  # fmt: skip
+        for change, status, codes in table:
             with self.subTest(change):
-                answer = posted(document(**{"dry_run": True, **change}), force)
-                self.assertEqual((answer[0], [item["code"] for item in answer[1]["response"]]), (status, codes))
+                got, found = posted(document(**{"dry_run": True, **change}), force)
+                self.assertEqual((got, " ".join(item["code"] for item in found["response"])), (status, codes))
 
     def test_a_message_that_is_not_utf_8(self):
         octets = b"Subject: x\r\nContent-Type: text/plain; charset=iso-8859-1\r\n\r\ncaf\xe9\r\n"
@@ -10817,9 +10755,10 @@ class DryRun(Folder, Quiet):
         self.assertEqual(found["message_octets"], len(message))
 
     def test_nothing_is_kept(self):
-        service = haineko.App(settings(queue={"path": os.path.join(self.folder, "haineko.db"), "min_free": 0}))
         asked = request(as_body(document(dry_run=True, **{"async": True})), idempotency_key="once")
-        self.assertEqual((answered(asked, service).status, os.listdir(self.folder)), (200, []))
+        with tempfile.TemporaryDirectory(prefix="haineko-test.") as folder:
+            service = haineko.App(settings(queue={"path": os.path.join(folder, "haineko.db"), "min_free": 0}))
+            self.assertEqual((answered(asked, service).status, os.listdir(folder)), (200, []))
 
 
 class Staging(Peers):
@@ -10881,13 +10820,9 @@ class Staging(Peers):
 
     def test_people_are_told(self):
         peer = self.peer()
-        force = queue_settings(peer)
-        force["smtpd"] = {"hostname": NAME, "redirect": "dev@dev.example", "subject_prefix": "[TEST]"}
-        force["mailertable"] = {
-            "dev.example": {"port": peer.port},
-            **{f"example.{tld}": {"port": 1} for tld in ("org", "jp")},
-        }
-        server = served(self, force)
+        smtpd = {"hostname": NAME, "redirect": "dev@dev.example", "subject_prefix": "[TEST]"}
+        table = {"dev.example": {"port": peer.port}, "example.org": {"port": 1}, "example.jp": {"port": 1}}
+        server = served(self, {**queue_settings(peer), "smtpd": smtpd, "mailertable": table})
         told = 'STAGING: all mail goes to dev@dev.example (smtpd.redirect); subjects begin with "[TEST]"'
         self.assertIn(f"haineko: {told}\n", server.log())
         self.assertEqual(server.get("/health"), (200, {"status": "ok", "staging": told}))
@@ -10961,13 +10896,12 @@ class Traces(Peers):
         logins = {name: {"hash": SettingsFile.KIJITORA, "trace": name == "neko"} for name in ("neko", "mike")}
         by_login = settings(password=logins)
         neko, mike = (f"Basic {base64.b64encode(f'{name}:kijitora'.encode()).decode()}" for name in logins)
-        for force, client, headers, status in (
-            (anybody, "127.0.0.1", {}, 200),
-            (anybody, "192.0.2.1", {}, 403),
+        table = (
+            (anybody, "127.0.0.1", {}, 200), (anybody, "192.0.2.1", {}, 403),
             (anybody, "127.0.0.1", {"Via": "1.1 proxy"}, 403),
-            (by_login, "192.0.2.1", {"Authorization": neko}, 200),
-            (by_login, "192.0.2.1", {"Authorization": mike}, 403),
-        ):
+            (by_login, "192.0.2.1", {"Authorization": neko}, 200), (by_login, "192.0.2.1", {"Authorization": mike}, 403),
+        )  # fmt: skip
+        for force, client, headers, status in table:
             with self.subTest(client, headers=headers):
                 found = over_http(http_post(as_body(document(trace=True)), **headers), force, client)
                 self.assertEqual(found[0], status, found)
@@ -10992,13 +10926,12 @@ class SharedTransactions(Peers):
         self.assertNotIn(b"c@one.example", first.text)
 
     def test_who_gets_it(self):
-        for rcpt, header, wanted in [
-            (["a@x.jp"], {"to": "b@x.jp"}, "a"),
-            (["a@x.jp"], {"bcc": "b@x.jp"}, "ab"),
-            (None, {"cc": "c@x.jp"}, "c"),
+        table = (
+            (["a@x.jp"], {"to": "b@x.jp"}, "a"), (["a@x.jp"], {"bcc": "b@x.jp"}, "ab"),
+            (None, {"cc": "c@x.jp"}, "c"), (None, {"bcc": "b@x.jp"}, "b"),
             (None, {"to": "a@x.jp", "cc": "A@x.jp, a@X.JP", "bcc": ["b@x.jp", "a@x.jp"]}, "aAb"),
-            (None, {"bcc": "b@x.jp"}, "b"),
-        ]:
+        )  # fmt: skip
+        for rcpt, header, wanted in table:
             with self.subTest(header):
                 _, answer = posted(document(rcpt=rcpt, header=header))
                 self.assertEqual("".join(to[0] for to in answer["recipient"]), wanted)
