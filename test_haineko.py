@@ -9713,9 +9713,8 @@ class QueuePure(Folder):
             with self.subTest(values):
                 step = haineko.attempt_result(*values, policy)
                 self.assertEqual((step.state, round(step.pause, 6)), (state, pause))
-        usual = haineko.QueueSettings()
-        pauses = [haineko.attempt_result(LATER, n, 0, 0.5, usual).pause / 60 for n in range(1, 10)]
-        self.assertEqual(pauses, [1, 5, 15, 30, 60, 120, 240, 240, 240])
+        steps = [haineko.attempt_result(LATER, n, 0, 0.5, haineko.QueueSettings()) for n in range(1, 10)]
+        self.assertEqual([step.pause / 60 for step in steps], [1, 5, 15, 30, 60, 120, 240, 240, 240])
 
     def parcel(self, attempts=3, to="A@example.jp", **more):
         item = entry(born=1e9)._replace(**more)
@@ -9748,11 +9747,10 @@ class QueuePure(Folder):
         kept = b"From: f@x\r\nTo: t@x\r\nSubject: a\r\n b\r\n", b"Date: d\r\nMessage-Id: <1@x>\r\n"
         table = (
             (b"Received: x\r\n%bX-Spam: x\r\n%b" % kept, "tama", b"".join(kept)),
-            (b"Date: d\r\n\r\nSubject: body\r\n", "たま", b"Date: d\r\n"),
+            (b"Date: d\r\n\r\nSubject: body\r\n", "たま", b"Date: d\r\n"), (b"", "tama", b""),
             (b"To: t\r\nSubject:%b\r\n" % (b" x" * 9999), "tama", b"To: t\r\n"),
             (b"Subject: x\r\n" * 9999, "tama", b"Subject: x\r\n" * (haineko.MAX_RETURNED // 12)),
-            (b"", "tama", b""),
-        )
+        )  # fmt: skip
         for octets, to, wanted in table:
             with self.subTest(octets[:40]):
                 bounce = self.bounce(to=f"{to}@example.jp", message=haineko.Message((octets,)))
@@ -9765,18 +9763,16 @@ class QueuePure(Folder):
         queue = haineko.QueueSettings(path="x", webhook="http://h/")
         force = haineko.Settings(queue=queue, recipients=haineko.Recipients(domainpart=frozenset(("example.org",))))
         table = (
-            ({}, "delivered", ["message.delivered"]),
             ({"attempts": 1}, "open", ["message.deferred"]), ({"attempts": 2}, "open", []),
-            ({}, "failed", ["message.failed", "bounce"]),
+            ({}, "delivered", ["message.delivered"]), ({}, "failed", ["message.failed", "bounce"]),
             ({"sender": ""}, "failed", []), ({"sender": "", "kind": "event"}, "failed", []),  # a bounce, an event
             ({"sender": "a@example.net"}, "failed", ["message.failed"]),  # who may not be written to
             ({"sender": "a@example.net", "login": "tama"}, "failed", ["message.failed", "bounce"]),
         )  # fmt: skip
         for more, state, wanted in table:
-            with self.subTest(state, **more):
-                found = haineko.notifications(self.parcel(**more), LATER, state, force, 1e9)
-                kinds = [json.loads(e.message.parts[0])["type"] if e.kind == "event" else "bounce" for e in found]
-                self.assertEqual(kinds, wanted)
+            found = haineko.notifications(self.parcel(**more), LATER, state, force, 1e9)
+            kinds = [json.loads(e.message.parts[0])["type"] if e.kind == "event" else "bounce" for e in found]
+            self.assertEqual(kinds, wanted, (state, more))
 
     def test_history_is_bounded(self):
         history, long = "[]", haineko.Reply("451", None, "DATA", ("x" * 5000,) * 100)
@@ -9789,7 +9785,7 @@ class QueuePure(Folder):
     def test_settings(self):
         hook = "https://example.org/x"
         table = (
-            ({}, None), ({"path": None}, "queue.path"), ({"path": "nowhere/q.db"}, "queue.path"),
+            ({}, None), ({"path": ""}, "queue.path"), ({"path": "nowhere/q.db"}, "queue.path"),
             ({"lifetme": 3}, "lifetime"), ({"retry_after": []}, "retry_after"),
             ({"webhook": hook}, "webhook_secret"), ({"webhook_secret": "whsec_AAAA"}, "webhook_secret"),
             ({"webhook": "ftp://x"}, "queue.webhook"), ({"webhook": "https://a..b/h"}, "queue.webhook"),
@@ -9798,8 +9794,7 @@ class QueuePure(Folder):
         )  # fmt: skip
         for more, wanted in table:
             with self.subTest(more):
-                section = {key: value for key, value in {"path": "q.db", **more}.items() if value is not None}
-                path = self.write("haineko.json", {"queue": section})
+                path = self.write("haineko.json", {"queue": {"path": "q.db", **more}})
                 force, faults = haineko.load_settings(path)
                 self.assertEqual(bool(faults), wanted is not None, faults)
                 self.assertIn(wanted or "", " ".join(faults))
@@ -9821,12 +9816,6 @@ class QueueStore(Folder, Quiet):
         self.store, store.timeout = store, 0.1
         self.addCleanup(store.close, True)
 
-    def app(self):
-        """An app with this queue, whose store is this test's from now on."""
-        service = haineko.App(settings(queue={"path": self.policy.path, "min_free": 0}))
-        self.use(service.queue)
-        return service
-
     def do(self, operation, *values):
         (result,) = self.store.commit([(operation, values)])
         if isinstance(result, Exception):
@@ -9837,12 +9826,11 @@ class QueueStore(Folder, Quiet):
         for name in names:
             self.do(haineko.enqueue, entry(name, **more), results)
 
-    def lease(self, now=None, limit=9, busy=(), asleep=(), expired=0):
-        return self.do(haineko.lease_due, now or time.time(), limit, dict(busy), dict(asleep), expired)
+    def parcels(self, now=None, limit=9):
+        return self.do(haineko.lease_due, now or time.time(), limit, {}, {}, 0)
 
-    def leased(self, *values):
-        """The queue ids of what is leased."""
-        return [parcel.item.queueid for parcel in self.lease(*values)]
+    def lease(self, now=None):
+        return [parcel.item.queueid for parcel in self.parcels(now)]
 
     def states(self, queueid="Q" * 16):
         return [row["state"] for row in self.do(haineko.message_status, queueid)["recipients"]]
@@ -9865,17 +9853,16 @@ class QueueStore(Folder, Quiet):
     def test_it_is_durable_and_only_the_owner_reads_it(self):
         self.add("a")
         self.assertEqual((self.row("PRAGMA journal_mode"), self.row("PRAGMA synchronous")), (("wal",), (2,)))
-        names = os.listdir(self.folder)
-        self.assertEqual(sorted(names), ["q.db", "q.db-shm", "q.db-wal", "q.db.lock"])
-        for path in [os.path.join(self.folder, name) for name in names]:
-            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600, path)
+        paths = [self.policy.path + suffix for suffix in ("", "-wal", "-shm", ".lock")]
+        modes = lambda: {path: os.stat(path).st_mode & 0o777 for path in paths}  # noqa: E731
+        self.assertEqual(modes(), dict.fromkeys(paths, 0o600))
+        for path in paths:
             os.chmod(path, 0o644)
         with contextlib.closing(sqlite3.connect(self.policy.path)) as keep:  # so that -wal and -shm stay
             keep.execute("SELECT count(*) FROM messages").fetchone()
             self.store.close(for_good=True)
             self.do(haineko.queue_stats, 0)
-            for name in names:
-                self.assertEqual(os.stat(os.path.join(self.folder, name)).st_mode & 0o777, 0o600, name)
+            self.assertEqual(modes(), dict.fromkeys(paths, 0o600))
 
     def test_take_by_lane(self):
         now = time.time()
@@ -9895,7 +9882,7 @@ class QueueStore(Folder, Quiet):
         for wanted, *values, names in table:
             with self.subTest(wanted=wanted, values=values):
                 self.assertEqual(wanted and self.do(haineko.flush_queue, wanted), wanted and 1)
-                found = self.lease(time.time(), 2, *values)
+                found = self.do(haineko.lease_due, time.time(), 2, *values)
                 self.assertEqual([parcel.item.queueid for parcel in found], names)
                 self.assertTrue(all(parcel.item.message == entry().message for parcel in found))
 
@@ -9939,7 +9926,7 @@ class QueueStore(Folder, Quiet):
                 bad, good = "bad" + value, "good" + value
                 self.add(bad, good)
                 self.store.db.execute(f"UPDATE {what}(SELECT id FROM messages WHERE queueid=?)", (value, bad))
-                self.assertEqual((self.leased(), self.states(bad)), ([good], ["held"]))
+                self.assertEqual((self.lease(), self.states(bad)), ([good], ["held"]))
                 self.assertEqual(self.do(haineko.drop_message, bad, 0), 1)
 
     def test_a_fault_accepts_nothing_and_heals(self):
@@ -9950,10 +9937,9 @@ class QueueStore(Folder, Quiet):
 
         def corrupt():
             self.store.close()
-            with open(self.policy.path, "rb") as stream:
-                octets = stream.read()
+            sound = shutil.copy(self.policy.path, os.path.join(self.folder, "sound"))
             self.write("q.db", b"This is no queue" * 999)
-            return lambda: self.write("q.db", octets)
+            return lambda: shutil.copy(sound, self.policy.path)
 
         for hurt in (locked, corrupt):
             with self.subTest(hurt):
@@ -9961,8 +9947,8 @@ class QueueStore(Folder, Quiet):
                 heal = hurt()
                 with self.assertRaises(haineko.Rejected) as caught:
                     self.add("a")
-                self.assertEqual((caught.exception.reply.status, caught.exception.reply.code), (503, "451"))
-                self.assertTrue(self.store.health_error())
+                told = caught.exception.reply.status, caught.exception.reply.code, self.store.health_error()
+                self.assertEqual(told, (503, "451", "the queue can't be used"))
                 heal()
                 self.add(hurt.__name__)
                 self.assertEqual((self.store.health_error(), self.stored(hurt.__name__)), ("", 1))
@@ -9986,9 +9972,8 @@ class QueueStore(Folder, Quiet):
         os.chmod(self.folder, 0o555)
         os.chmod(self.policy.path, 0o444)
         found = self.other(
-            "import test_haineko; os.getuid() or os.setuid(65534);"
-            "(result,) = s.commit([(haineko.enqueue, (test_haineko.entry(), None))]);"
-            "sys.exit(0 if isinstance(result, haineko.Rejected) else 1)"
+            "import test_haineko; os.getuid() or os.setuid(65534); item = test_haineko.entry();"
+            "sys.exit(not isinstance(s.commit([(haineko.enqueue, (item, None))])[0], haineko.Rejected))"
         )
         self.assertEqual((found.returncode, found.stderr.count("nothing is accepted into it")), (0, 1), found.stderr)
 
@@ -10016,10 +10001,10 @@ class QueueStore(Folder, Quiet):
         for _ in range(4):
             for _ in range(2):
                 now += 99999
-                self.assertEqual(self.leased(now), ["a"])
+                self.assertEqual(self.lease(now), ["a"])
                 self.do(haineko.release_leases, self.policy, now)  # what another process does when one has died
             now += 99999
-            (leased,) = self.lease(now)
+            (leased,) = self.parcels(now)
             self.do(haineko.finish_attempt, leased.id, haineko.AttemptResult(LATER, "open"), now)
         self.assertEqual(self.states("a"), ["waiting"])
 
@@ -10037,27 +10022,30 @@ class QueueStore(Folder, Quiet):
 
     def test_a_bug_ends_no_lease_never(self):
         """What can't be recorded because of a bug is tried again, and held at the third time."""
-        manager = haineko.QueueManager(self.app(), None)
+        service = haineko.App(settings(queue={"path": self.policy.path, "min_free": 0}))
+        self.use(service.queue)
+        manager = haineko.QueueManager(service, None)
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
         now = time.time()
         for states in (["waiting"] * 2, ["waiting"] * 2, ["waiting", "held"], ["held"] * 2):  # the third time alone
             now += 99999
-            for leased in self.lease(now):
+            for leased in self.parcels(now):
                 haineko.run(manager._deliver(leased._replace(attempts=None)))
             self.assertEqual(sorted(self.states(), reverse=True), states)
             self.assertFalse(+manager.in_flight)
 
     def test_a_bug_of_a_request_ends_its_lease(self):
         """The answer can't be written: the mail with a key, which was sent, is not leased for ever."""
+        service = haineko.App(settings(queue={"path": self.policy.path, "min_free": 0}))
+        self.use(service.queue)
         with self.assertRaises(UnicodeError):
-            answered(request(as_body(document()), user_agent="\ud800", idempotency_key="k"), self.app())
+            answered(request(as_body(document()), user_agent="\ud800", idempotency_key="k"), service)
         due, owner, history = self.row("SELECT due, owner, history FROM recipients")
-        self.assertEqual((due > NOW, owner), (True, None))
-        self.assertIn("may have arrived", history)
+        self.assertEqual((due > NOW, owner, "may have arrived" in history), (True, None, True), history)
 
     def test_drop_is_refused_while_sending(self):
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
-        (leased,) = self.lease(limit=1)
+        (leased,) = self.parcels(limit=1)
         with self.assertRaisesRegex(haineko.CommandError, "being sent"):
             haineko.run_operation(self.store, haineko.drop_message, "Q" * 16, 0)
         self.assertEqual(self.states(), ["sending", "waiting"])
@@ -10074,14 +10062,14 @@ class QueueStore(Folder, Quiet):
         self.store.db.execute("UPDATE recipients SET due=created_at+9e5 WHERE destination='c'")
         self.assertEqual(self.lease(now - 9e5), [])
         self.do(haineko.maintain, self.store, now - 9e5, True)
-        self.assertEqual(self.leased(now - 9e5), ["tried", "fresh"])
+        self.assertEqual(self.lease(now - 9e5), ["tried", "fresh"])
 
     def test_mail_for_later(self):
         """Its lifetime begins when it is due, and a clock that was set back does not send it at once."""
         now = time.time()
         self.add("later", born=now, send_at=now + 99)
         self.add("past", born=now, send_at=now - 99)
-        born = lambda at: [(leased.item.queueid, leased.item.created_at) for leased in self.lease(at)]  # noqa: E731
+        born = lambda at: [(leased.item.queueid, leased.item.created_at) for leased in self.parcels(at)]  # noqa: E731
         self.assertEqual(born(now), [("past", now)])
         self.do(haineko.maintain, self.store, now - 9e5, True)
         self.assertEqual(self.do(haineko.flush_queue, None), 0)
@@ -10117,12 +10105,10 @@ class QueueServed(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.peer, cls.hook = queue_peer(), webhook()
-        cls.addClassCleanup(cls.hook.__exit__)
-        cls.addClassCleanup(cls.peer.close)
         hook = {"webhook": cls.hook.url + "/hook?cat=1", "webhook_secret": WHSEC}
         cls.server = Server(queue_settings(cls.peer, lifetime=7, **hook))
-        cls.addClassCleanup(cls.server.close)
-        cls.addClassCleanup(cls.server.kill)
+        for close in (cls.hook.__exit__, cls.peer.close, cls.server.close, cls.server.kill):
+            cls.addClassCleanup(close)
         for _ in range(3):  # their life ends while the other tests run
             cls.server.submit("y@dead.example", sender="patient@example.org")
 
@@ -10143,8 +10129,8 @@ class QueueServed(unittest.TestCase):
         self.assertGreaterEqual(int(waiting["next"]["unixtime"]), int(answer["timestamp"]["unixtime"]))
         eventually(lambda: self.server.fate(queueid)[to]["state"] == "delivered")
         done = self.server.fate(queueid)[to]
-        self.assertEqual([item["code"] for item in done["attempts"]], ["451", "451", "250"])
-        self.assertEqual((done["command"], done["next"]), ("DATA", None))
+        told = [item["code"] for item in done["attempts"]], done["command"], done["next"]
+        self.assertEqual(told, (["451", "451", "250"], "DATA", None))
         (mail,) = self.peer.to(to)
         self.assertEqual((mail.sender, b"Nyaa" in mail.text), ("kijitora@example.org", True))
         eventually(lambda: self.events(queueid) == ["message.deferred", "message.delivered"], what="events")
@@ -10195,9 +10181,8 @@ class QueueServed(unittest.TestCase):
     def test_statuses(self):
         table = (("a", "b", 200, "DATA", "DATA"), ("c", "later1a", 202, "DATA", "QUEUE"))
         for one, two, status, *commands in (*table, ("later1b", "never", 207, "QUEUE", "RCPT")):
-            with self.subTest(one, two=two):
-                found = self.server.submit(f"{one}@example.jp", f"{two}@example.jp", sender="nobody@example.net")
-                self.assertEqual((found[0], [item["command"] for item in found[2]["response"]]), (status, commands))
+            found = self.server.submit(f"{one}@example.jp", f"{two}@example.jp", sender="nobody@example.net")
+            self.assertEqual((found[0], [item["command"] for item in found[2]["response"]]), (status, commands))
 
     def test_queued_at_once(self):
         preferred = {"headers": {"Prefer": "wait=9, Respond-Async"}}
@@ -10205,8 +10190,8 @@ class QueueServed(unittest.TestCase):
             with self.subTest(**more):
                 began = time.monotonic()
                 status, fields, answer = self.server.submit(to, **more)
-                self.assertEqual((status, fields["Location"]), (202, "/queue/" + answer["queueid"]))
-                self.assertEqual(fields.get("Preference-Applied"), told)
+                self.assertEqual((status, fields.get("Preference-Applied")), (202, told))
+                self.assertEqual(fields["Location"], "/queue/" + answer["queueid"])
                 self.assertEqual(answer["response"][0]["message"], ["Queued as " + answer["queueid"]])
                 eventually(lambda to=to: self.peer.to(to))
                 self.assertLess(time.monotonic() - began, 0.9)  # it was rung for, not found by chance
@@ -10214,8 +10199,7 @@ class QueueServed(unittest.TestCase):
     def test_bounces(self):
         sender = "sender@example.org"
         _, _, answer = self.server.submit("never@example.jp", sender=sender, **{"async": True})
-        eventually(lambda: self.peer.to(sender), what="bounce")
-        (mail,) = self.peer.to(sender)
+        (mail,) = eventually(lambda: self.peer.to(sender), "bounce")
         told = b"\r\nFinal-Recipient: rfc822; never@example.jp\r\nAction: failed\r\nStatus: 5.1.1\r\n"
         self.assertEqual((mail.sender, told in mail.text), ("", True))
         self.assertEqual(self.server.fate(answer["queueid"])["never@example.jp"]["state"], "failed")
@@ -10227,9 +10211,8 @@ class QueueServed(unittest.TestCase):
 
     def test_zz_end_of_life(self):
         """Those that wait for a dead host are given up when their life ends, with the host's last words."""
-        sender = "patient@example.org"
-        eventually(lambda: len(self.peer.to(sender)) == 3, "bounces", 15)
-        self.assertIn(b"421 Connection refused", self.peer.to(sender)[0].text)
+        eventually(lambda: len(self.peer.to("patient@example.org")) == 3, "bounces", 15)
+        self.assertIn(b"421 Connection refused", self.peer.to("patient@example.org")[0].text)
 
     def test_webhook_is_signed(self):
         self.server.submit("hooked@example.jp", **{"async": True})
@@ -10264,10 +10247,9 @@ class QueueServed(unittest.TestCase):
                 self.assertEqual(told, (status, "true" if replayed else None))
                 if name == "later1k":
                     self.assertEqual((found[2], found[1]["Location"]), (first[2], first[1]["Location"]))
-        eventually(lambda: self.peer.to(to) and self.peer.to("later@example.jp"))
-        eventually(lambda: self.server.fate(first[2]["queueid"])[to]["state"] == "delivered")
-        self.assertEqual(ask("later1k", '"first"')[2], first[2])  # after it was delivered, too
-        self.assertEqual((len(self.peer.to(to)), len(self.peer.to("later@example.jp"))), (1, 1))
+        mails = lambda: (len(self.peer.to(to)), len(self.peer.to("later@example.jp")))  # noqa: E731
+        eventually(lambda: all(mails()) and self.server.fate(first[2]["queueid"])[to]["state"] == "delivered")
+        self.assertEqual((ask("later1k", '"first"')[2], mails()), (first[2], (1, 1)))  # after it was delivered, too
 
     def test_readme(self):
         """What it says of the queue is so."""
@@ -10281,8 +10263,7 @@ class QueueServed(unittest.TestCase):
             answers.append(json.loads(subprocess.run(["sh", "-eu", "-c", command], check=False, **more).stdout))
         self.assertEqual([item["response"][0]["command"] for item in answers], ["QUEUE", "DATA", "DATA"])
         self.assertEqual(answers[1], answers[2])
-        eventually(lambda: self.hook.asked)
-        event = self.hook.asked[0].json()
+        event = eventually(lambda: self.hook.asked)[0].json()
         self.assertEqual((set(event), set(event["data"])), (set(shown), set(shown["data"])))
 
     def test_dead_lane_delays_nobody(self):
@@ -10302,26 +10283,14 @@ class QueueAlone(unittest.TestCase):
         self.addCleanup(peer.close)
         return peer
 
-    def gated(self, held):
-        """(gate, peer) that holds the texts for which held(recipient, count of its tries) until the gate opens."""
-        gate = threading.Event()
-        peer = self.peer(lambda to, count: gate if held(to, count) else "250 2.0.0 Ok")
-        self.addCleanup(gate.set)
-        return gate, peer
-
-    def kill_workers(self, server):
-        for pid in server.workers():
-            os.kill(pid, signal.SIGKILL)
-
     def test_without_the_section(self):
         server = served(self, {**queue_settings(self.peer()), "queue": None})
         key, prefer = {"Idempotency-Key": "x"}, {"Prefer": "respond-async"}  # which may be ignored
         for more, wanted in (({}, 503), ({"headers": key}, 400), ({"async": True}, 400), ({"headers": prefer}, 200)):
-            with self.subTest(**more):
-                status, _, answer = server.submit("a@example.jp" if more else "later1@example.jp", **more)
-                self.assertEqual(status, wanted)
-                if status == 400:
-                    self.assertIn('"queue": {"path": "haineko.db"}', answer["response"][0]["message"][0])
+            status, _, answer = server.submit("a@example.jp" if more else "later1@example.jp", **more)
+            self.assertEqual(status, wanted, more)
+            if status == 400:
+                self.assertIn('"queue": {"path": "haineko.db"}', answer["response"][0]["message"][0])
         self.assertEqual((server.get("/queue")[0], server.get("/queue/" + "x" * 16)[0]), (404, 404))
         self.assertEqual((len(server.workers()), server.queue("list").returncode), (1, 2))
 
@@ -10331,9 +10300,8 @@ class QueueAlone(unittest.TestCase):
         tama = {"Authorization": "Basic " + base64.b64encode(b"tama:kijitora").decode()}
         mail = server.submit("later9@example.jp", headers=tama)[1]["Location"]
         afar = [f"Authorization: {tama['Authorization']}", "X-Forwarded-For: 192.0.2.1"]
-        for path, lines, status in ((mail, afar, 200), (mail, [], 200), ("/queue", afar, 403), ("/queue", [], 200)):
-            with self.subTest(path, lines=lines):
-                self.assertEqual(server.get(path, *lines)[0], status)
+        asked = (mail, *afar), (mail,), ("/queue", *afar), ("/queue",)
+        self.assertEqual([server.get(*words)[0] for words in asked], [200, 200, 403, 200])
 
     def test_crash_in_between(self):
         """A worker dies while the peer has the mail of a request with a key: 409 before, then the queue finishes it."""
@@ -10344,7 +10312,9 @@ class QueueAlone(unittest.TestCase):
             except (OSError, EOFError):
                 return (0,)
 
-        _, peer = self.gated(lambda to, count: count == 1)
+        gate = threading.Event()
+        peer = self.peer(lambda to, count: gate if count == 1 else "250 2.0.0 Ok")
+        self.addCleanup(gate.set)
         slow = {"default": {"port": peer.port, "timeout": 60}}
         server = served(self, {**queue_settings(peer), "mailertable": slow, "httpd": {"workers": 2, "timeout": 60}})
         answers = []
@@ -10353,37 +10323,32 @@ class QueueAlone(unittest.TestCase):
         eventually(lambda: peer.tries)
         status, fields, _ = ask()
         self.assertEqual((status, "Retry-After" in fields), (409, True))
-        self.kill_workers(server)
+        for pid in server.workers():
+            os.kill(pid, signal.SIGKILL)
         thread.join()
         self.assertEqual(answers, [(0,)])
         eventually(lambda: answers.append(ask()) or answers[-1][0] not in (0, 409))
         status, fields, answer = answers[-1]
-        self.assertEqual((status, fields["Idempotency-Replayed"]), (202, "true"))
-        self.assertEqual(answer["response"][0]["command"], "QUEUE")
-        eventually(lambda: peer.to("cut@example.jp"))
-        eventually(server.idle)
-        self.assertEqual(len(peer.to("cut@example.jp")), 1)
-        self.assertEqual(ask()[2], answer)
+        told = status, fields["Idempotency-Replayed"], answer["response"][0]["command"]
+        self.assertEqual(told, (202, "true", "QUEUE"))
+        eventually(lambda: peer.to("cut@example.jp") and server.idle())
+        self.assertEqual((len(peer.to("cut@example.jp")), ask()[2]), (1, answer))
         self.assertIn("may arrive twice", server.log())
 
     def test_full_disk(self):
         """The file can't grow: what was answered 202 is in it, all else was 503, and nothing that waits is lost."""
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))  # noqa: E731
         server = served(self, queue_settings(self.peer(), retry_after=[600]), before=limit)
-        taken, statuses = [], set()
-        for n in range(12):
-            status, _, answer = server.submit(f"x{n}@dead.example", body="x" * 70_000)
-            statuses.add(status)
-            taken += [answer["queueid"]] if status == 202 else []
-        self.assertEqual(statuses, {202, 503})
-        self.assertEqual(server.submit("x@dead.example", body="x" * 70_000, **{"async": True})[0], 503)
-        self.assertEqual(server.get("/health")[0], 503)
+        answers = [server.submit(f"x{n}@dead.example", body="x" * 70_000) for n in range(12)]
+        self.assertEqual({status for status, _, _ in answers}, {202, 503})
+        more = server.submit("x@dead.example", body="x" * 70_000, **{"async": True})
+        self.assertEqual((more[0], server.get("/health")[0]), (503, 503))
         self.assertIn("nothing is accepted into it", server.log())
         self.assertEqual(server.submit("direct@example.jp", body="fits")[0], 200)
         server.kill()
         with contextlib.closing(sqlite3.connect(os.path.join(server.folder, "haineko.db"))) as db:
             found = [row[0] for row in db.execute("SELECT queueid FROM messages ORDER BY id")]
-        self.assertEqual(found, taken)
+        self.assertEqual(found, [answer["queueid"] for status, _, answer in answers if status == 202])
 
     def test_little_room(self):
         server = served(self, queue_settings(self.peer(), min_free=1 << 50))
@@ -10425,16 +10390,19 @@ class QueueAlone(unittest.TestCase):
         return None
 
     def test_a_mail_that_kills_its_process_is_held(self):
-        gate, peer = self.gated(lambda to, count: to.startswith("killer"))
+        gate = threading.Event()
+        peer = self.peer(lambda to, count: gate if to.startswith("killer") else "250 2.0.0 Ok")
+        self.addCleanup(gate.set)
         server = served(self, queue_settings(peer))
         queueid = server.submit("killer@example.jp", **{"async": True})[2]["queueid"]
         eventually(lambda: peer.tries and self.state(server, queueid) == "sending")
         self.assertEqual(server.ask(get(f"/queue/{queueid}", method="DELETE"))[0], 409)
         for count in (1, 2, 3):
             eventually(lambda count=count: peer.tries.get("killer@example.jp") == count, "an attempt")
-            self.kill_workers(server)
+            for pid in server.workers():
+                os.kill(pid, signal.SIGKILL)
         eventually(lambda: self.state(server, queueid) == "held", "held")
-        eventually(lambda: server.submit("calm@example.jp", **{"async": True})[0] == 202)
+        self.assertEqual(server.submit("calm@example.jp", **{"async": True})[0], 202)
         eventually(lambda: peer.to("calm@example.jp"))
         self.assertRegex(server.log(), "to=<killer@example.jp> status=held")
         self.assertIn("next held", server.queue("list").stdout)
@@ -10444,15 +10412,15 @@ class QueueAlone(unittest.TestCase):
         eventually(lambda: self.state(server, queueid) == "delivered", "delivery")
 
     def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self):
-        peer, replies = self.peer(), ["530 5.7.0 Authentication required"] * 4
-        peer.says["DATA"] = lambda connection, line: replies.pop() if replies else None
+        peer, replies = self.peer(), ["530 5.7.0 Authentication required", None] * 2
+        peer.says["DATA"] = lambda connection, line: replies.pop(0) if replies else None
         server = served(self, queue_settings(peer))
-        answers = [server.submit("a@example.jp"), server.submit("b@example.jp", **{"async": True})]
-        self.assertEqual([status for status, _, _ in answers], [202, 202])
-        for _, _, answer in answers:
-            eventually(lambda answer=answer: self.state(server, answer["queueid"]) == "delivered", "delivery")
-        found = server.fate(answers[0][2]["queueid"])["a@example.jp"]["attempts"]
-        self.assertEqual((found[0]["code"], found[-1]["code"]), ("530", "250"))
+        for more in ({}, {"async": True}):
+            status, _, answer = server.submit("a@example.jp", **more)
+            self.assertEqual(status, 202)
+            eventually(lambda queueid=answer["queueid"]: self.state(server, queueid) == "delivered", "delivery")
+            found = [item["code"] for item in server.fate(answer["queueid"])["a@example.jp"]["attempts"]]
+            self.assertEqual((found[0], found[-1]), ("530", "250"))
 
 
 class QueueCrash(unittest.TestCase):
@@ -10468,10 +10436,8 @@ class QueueCrash(unittest.TestCase):
         self.accepted, self.number, self.lock, self.over = set(), 0, threading.Lock(), False
 
     def by_chance(self, recipient, count):
-        if recipient == "sender@example.org":
-            return "250 2.0.0 Ok"
         said = ["250 2.0.0 Ok"] * 14 + ["451 4.2.0 not now"] * 3 + ["554 5.0.0 never", HANG_UP, LOST]
-        return self.dice.choice(said)
+        return said[0] if recipient == "sender@example.org" else self.dice.choice(said)
 
     def client(self):
         """Posts one mail after the other; with a key it asks until it is told, without one it gives up."""
@@ -10499,11 +10465,8 @@ class QueueCrash(unittest.TestCase):
             time.sleep(self.dice.uniform(0.02, 0.3))
             victims = [*self.server.workers(), self.server.process.pid]
             victim = victims[turn % len(victims)] if turn % 4 != 3 else 0
-            if victim:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(victim, signal.SIGKILL)
-            else:
-                self.server.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL) if victim else self.server.kill()
             if victim in (0, self.server.process.pid):
                 self.server.process.wait()
                 self.server.start()
@@ -10550,9 +10513,8 @@ class Submitting(Peers):
                 more = {"region": "eu-west-1"} if mailer == "AmazonSES" else {}
                 force = web_settings({"mailer": mailer, "base_url": peer.url, "auth": "key", "timeout": 2, **more})
                 status, found = posted(web_submission(rcpt=["mikeneko@example.jp", "tama@example.jp"]), force)
-                self.assertEqual(status, 200, found)
-                self.assertEqual([item["mailer"] for item in found["response"]], [mailer] * 2)
-                self.assertEqual(len(peer.asked), 2)
+                told = status, len(peer.asked), [item["mailer"] for item in found["response"]]
+                self.assertEqual(told, (200, 2, [mailer] * 2), found)
                 self.assertNotIn(SECRET, json.dumps(found))
 
     def test_several_are_delivered_side_by_side_up_to_max_workers(self) -> None:
@@ -10562,8 +10524,8 @@ class Submitting(Peers):
                 rcpt = [f"r{i}@example.jp" for i in range(count)]
                 smtpd = {"hostname": NAME, "max_workers": most, "max_rcpts_per_message": 0}
                 status, _, found = self.submitted({"default": esmtp(peer)}, rcpt, smtpd=smtpd)
-                self.assertEqual((status, [item["rcpt"] for item in found["response"]]), (200, rcpt))
-                self.assertEqual((peer.most, len(peer.mails)), (most, count))
+                told = status, [item["rcpt"] for item in found["response"]], peer.most, len(peer.mails)
+                self.assertEqual(told, (200, rcpt, most, count))
                 self.assertLessEqual(len(peer.connections), most)
 
     def test_replies_stand_in_the_order_of_the_request(self) -> None:
@@ -10621,9 +10583,8 @@ class Submitting(Peers):
         began = time.monotonic()
         outcomes = haineko.run(and_closed(haineko.deliver(jobs, sessions, force), sessions))
         self.assertTrue(0.4 <= time.monotonic() - began < 2)
-        self.assertEqual([item.replies[0].code for item in outcomes], ["250"] * 10)
-        self.assertGreaterEqual(outcomes[0].ms, 400)
-        self.assertLess(max(item.ms for item in outcomes[1:]), 400)
+        told = [(item.replies[0].code, item.ms < 400) for item in outcomes]
+        self.assertEqual(told, [("250", False), *[("250", True)] * 9])
 
     def test_a_line_for_each_transaction_and_refusal_without_body_or_secret(self) -> None:
         peer = self.peer({"RCPT": refuses(b="550 5.1.1 no\x07body")}, "AUTH PLAIN", logins={"kijitora": "n-y-a-a"})
@@ -10632,17 +10593,14 @@ class Submitting(Peers):
         _, _, found = self.submitted({"default": esmtp(peer, auth="x")}, rcpt, authinfo=authinfo)
         queueid, message = found["queueid"], parsed(peer.mails[0].text)
         self.assertRegex(queueid, r"\A[0-9A-Za-z]{16}\Z")
-        self.assertIn(f" id {queueid};", message["Received"])
-        self.assertTrue(message["Message-Id"].startswith(f"<{queueid}."))
+        self.assertRegex(message["Received"] + message["Message-Id"], f" id {queueid};.*<{queueid}\\.")
         lines = [line.partition("]: ")[2] for line in self.logged()]
         self.assertEqual((len(lines), all(map(str.isprintable, lines))), (3, True), lines)
-        refused = r" to=<line\?feed@example.jp>,<evil\?\[2J@example.jp> dsn=5.1.5 status=rejected \(553 "
-        self.assertRegex(lines[2], refused)
+        refused = "to=<line?feed@example.jp>,<evil?[2J@example.jp> dsn=5.1.5 status=rejected (553 "
+        self.assertIn(refused, lines[2])
         for line, to, code, word in ((lines[0], "a", "250", "sent"), (lines[1], "b", "550", "bounced")):
-            for part in (f"{queueid}: ", "client=192.0.2.7", "from=<kijitora@example.org>", f"to=<{to}@example.jp>"):
-                self.assertIn(part, line)
-            pattern = rf" relay=ESMTP:127\.0\.0\.1:{peer.port} delay=[\d.]+ dsn=\S+ status={word} \({code} "
-            self.assertRegex(line, pattern)
+            start = f"{queueid}: client=192.0.2.7 from=<kijitora@example.org> to=<{to}@example.jp> relay=ESMTP:"
+            self.assertRegex(line, rf"^{start}{peer.host}:{peer.port} delay=[\d.]+ dsn=\S+ status={word} \({code} ")
         self.assertNotRegex("\n".join(lines), "Meow|n-y-a-a|\x07")
 
     def test_a_client_that_says_odd_things_of_itself_reads_them_again(self) -> None:
@@ -10653,9 +10611,8 @@ class Submitting(Peers):
             self.assertEqual((set(found), found["useragent"], found["referer"]), (TOP, wanted, wanted))
 
     def test_queue_ids_are_unique(self) -> None:
-        found = {haineko.new_queueid(1388741758.0) for _ in range(20000)}
-        self.assertEqual(len(found), 20000)
-        self.assertTrue(all(re.fullmatch("[0-9A-Za-z]{16}", item) for item in found))
+        found = {haineko.new_queueid(NOW) for _ in range(20000)}
+        self.assertEqual(sum(bool(re.fullmatch("[0-9A-Za-z]{16}", item)) for item in found), 20000)
 
     def test_a_dry_run_tells_the_routes(self):
         far = {"mailer": "Haineko", "host": "far.example.org"}
@@ -10673,12 +10630,11 @@ class Submitting(Peers):
         self.assertEqual((status, found["recipient"], set(found) - TOP), (200, list(cases), {"message_octets", "raw"}))
         said = {"error": 0, "code": "250", "dsn": "2.0.0", "command": "DRYRUN"}
         for item, (to, (mailer, host, port, line)) in zip(found["response"], cases.items()):
-            with self.subTest(to):
-                told = {"message": ["Not sent", f"{to}: {mailer} {line}"], "mailer": mailer, "host": host, "port": port}
-                self.assertEqual(item, {"rcpt": to, **said, **told})
+            told = {"message": ["Not sent", f"{to}: {mailer} {line}"], "mailer": mailer, "host": host, "port": port}
+            self.assertEqual(item, {"rcpt": to, **said, **told})
         message = email.message_from_string(found["raw"])
-        self.assertEqual((message["To"], message["Subject"]), ("a@example.jp", "Nyaaaa"))
-        self.assertEqual(found["message_octets"], len(found["raw"].encode()))
+        told = message["To"], message["Subject"], found["message_octets"]
+        self.assertEqual(told, ("a@example.jp", "Nyaaaa", len(found["raw"].encode())))
         self.assertIn(found["queueid"], message["Message-Id"])
 
     def test_refusals_of_a_dry_run_are_the_usual_ones(self):
@@ -10689,17 +10645,15 @@ class Submitting(Peers):
             ({"dry_run": "yes"}, 400, "554"),
         )  # fmt: skip
         for change, status, codes in table:
-            with self.subTest(change):
-                got, found = posted(document(**{"dry_run": True, **change}), force)
-                self.assertEqual((got, " ".join(item["code"] for item in found["response"])), (status, codes))
+            got, found = posted(document(**{"dry_run": True, **change}), force)
+            self.assertEqual((got, " ".join(item["code"] for item in found["response"])), (status, codes), change)
 
     def test_a_dry_run_shows_a_message_that_is_not_utf_8(self):
         octets = b"Subject: x\r\nContent-Type: text/plain; charset=iso-8859-1\r\n\r\ncaf\xe9\r\n"
         raw = {"base64": base64.b64encode(octets).decode()}
         found = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw, "dry_run": True})[1]
         message = base64.b64decode(found["raw"]["base64"])
-        self.assertTrue(message.endswith(b"caf\xe9\r\n"))
-        self.assertEqual(found["message_octets"], len(message))
+        self.assertEqual((message[-6:], found["message_octets"]), (b"caf\xe9\r\n", len(message)))
 
     def test_a_dry_run_keeps_nothing(self):
         asked = request(as_body(document(dry_run=True, **{"async": True})), idempotency_key="once")
@@ -10730,24 +10684,23 @@ class Submitting(Peers):
                 status, found, mails = self.staged(submission, redirect=redirect, subject_prefix=prefix)
                 told = [(item["rcpt"], item["error"]) for item in found["response"]]
                 self.assertEqual((status, told), (207, list(zip(rcpt, (0, 1, 0)))))
-                self.assertEqual(found["recipient"], [rcpt[0], rcpt[2]])
-                self.assertEqual(sorted(to for to, _ in mails), envelopes)
+                self.assertEqual((found["recipient"], sorted(to for to, _ in mails)), (rcpt[::2], envelopes))
                 for _, message in mails:
-                    self.assertEqual(message["X-Haineko-Recipients"], "r0@example.jp, r1@example.jp")
                     self.assertIn(message["To"], (shown, ops))
+                    self.assertEqual(message["X-Haineko-Recipients"], "r0@example.jp, r1@example.jp")
                     words = str(email.header.make_header(email.header.decode_header(message["Subject"])))
                     self.assertEqual(words.replace(" ", ""), prefix.strip() + subject)
 
     def test_the_first_failure_of_a_staged_mail_is_told(self):
         says = {"RCPT": lambda connection, line: "550 5.1.1 no" if "ops" in line else None}
         status, found, _ = self.staged(document(), says, redirect=["dev@dev.example", "ops@dev.example"])
-        (item,) = found["response"]
-        self.assertEqual((status, item["rcpt"], item["code"]), (502, "mikeneko@example.jp", "550"))
+        told = [(item["rcpt"], item["code"]) for item in found["response"]]
+        self.assertEqual((status, told), (502, [("mikeneko@example.jp", "550")]))
 
     def test_staging_of_the_subject_only(self):
         status, _, ((to, message),) = self.staged(document(rcpt=["a@dev.example"]), subject_prefix="[TEST]")
-        self.assertEqual((status, to, message["Subject"]), (200, ["a@dev.example"], "[TEST] Nyaaaa"))
-        self.assertIsNone(message["X-Haineko-Recipients"])
+        told = status, to, message["Subject"], message["X-Haineko-Recipients"]
+        self.assertEqual(told, (200, ["a@dev.example"], "[TEST] Nyaaaa", None))
 
     def test_settings_of_staging(self):
         long = "x" * 64 + "@" + "a." * 100 + "org"
@@ -10771,8 +10724,7 @@ class Submitting(Peers):
         self.assertIn(f"fine; {told}; mail goes to", run_program("check", "-c", server.path, text=True).stdout)
         queueid = server.submit("a@example.jp", **{"async": True})[2]["queueid"]
         store = haineko.QueueDB(haineko.QueueSettings(path=os.path.join(server.folder, "haineko.db")))
-        older = entry(to=("b@example.jp",), lane="ESMTP 127.0.0.1:1")  # from before
-        self.assertEqual(store.commit([(haineko.enqueue, (older, None))]), [None])
+        haineko.run_operation(store, haineko.enqueue, entry(to=("b@example.jp",), lane="ESMTP 127.0.0.1:1"))  # older
         store.close(for_good=True)
         eventually(lambda: len(peer.mails) == 2)
         self.assertEqual([mail.recipients for mail in peer.mails], [["dev@dev.example"]] * 2)
@@ -10797,8 +10749,7 @@ class Submitting(Peers):
             "< 250 .*",
         ]  # fmt: skip
         self.assertRegex("\n".join(items["a@example.jp"]["dialogue"]), r"\A" + "\n".join(wanted) + r"\Z")
-        self.assertEqual(items["b@off.example"]["dialogue"], [])
-        self.assertNotIn("dialogue", items["no address"])
+        self.assertEqual((items["b@off.example"]["dialogue"], "dialogue" in items["no address"]), ([], False))
 
     def test_traces_of_failures_have_no_secret(self):
         def repeats(connection, line) -> str:
@@ -10827,14 +10778,12 @@ class Submitting(Peers):
         with tempfile.TemporaryDirectory(prefix="haineko-test.") as folder:
             queue = {"path": os.path.join(folder, "haineko.db"), "min_free": 0}
             status, found = posted(document(trace=True), settings(mailertable=table, queue=queue))
-        (item,) = found["response"]
-        self.assertEqual((status, item["command"]), (202, "QUEUE"))
-        self.assertEqual(item["dialogue"][-2:], ["< 451 4.3.0 later", "> QUIT"])
+        told = [(item["command"], item["dialogue"][-2:]) for item in found["response"]]
+        self.assertEqual((status, told), (202, [("QUEUE", ["< 451 4.3.0 later", "> QUIT"])]))
 
     def test_who_may_trace(self):
-        anybody = settings(relayhosts={"open-relay": True})
         logins = {name: {"hash": SettingsFile.KIJITORA, "trace": name == "neko"} for name in ("neko", "mike")}
-        by_login = settings(password=logins)
+        anybody, by_login = settings(relayhosts={"open-relay": True}), settings(password=logins)
         neko, mike = (f"Basic {base64.b64encode(f'{name}:kijitora'.encode()).decode()}" for name in logins)
         table = (
             (anybody, "127.0.0.1", {}, 200), (anybody, "192.0.2.1", {}, 403),
@@ -10843,9 +10792,8 @@ class Submitting(Peers):
             (by_login, "192.0.2.1", {"Authorization": mike}, 403),
         )  # fmt: skip
         for force, client, headers, status in table:
-            with self.subTest(client, headers=headers):
-                found = over_http(http_post(as_body(document(trace=True)), **headers), force, client)
-                self.assertEqual(found[0], status, found)
+            found = over_http(http_post(as_body(document(trace=True)), **headers), force, client)
+            self.assertEqual(found[0], status, (client, headers, found))
 
     def test_recipients_of_one_route_share_a_transaction(self):
         one, two = self.peer({}, "PIPELINING"), self.peer({"RCPT": ["250 2.1.5 fine", "550 5.1.1 who?"]})
@@ -10858,9 +10806,8 @@ class Submitting(Peers):
         self.assertEqual(told, list(zip(recipients, ["250", "250", "550", "250"])))
         (first,), (second,) = one.mails, two.mails
         self.assertEqual((first.recipients, first.text), (["a@one.example", "c@one.example"], second.text))
-        message = parsed(first.text)
-        self.assertEqual((message["to"], message["cc"], message["bcc"]), (header["to"], header["cc"], None))
-        self.assertNotIn(b"c@one.example", first.text)
+        shown = [parsed(first.text)[name] for name in ("to", "cc", "bcc")]
+        self.assertEqual((shown, b"c@one.example" in first.text), ([header["to"], header["cc"], None], False))
 
     def test_who_gets_mail_by_its_header(self):
         table = (
@@ -10869,9 +10816,8 @@ class Submitting(Peers):
             (None, {"to": "a@x.jp", "cc": "A@x.jp, a@X.JP", "bcc": ["b@x.jp", "a@x.jp"]}, "aAb"),
         )  # fmt: skip
         for rcpt, header, wanted in table:
-            with self.subTest(header):
-                _, answer = posted(document(rcpt=rcpt, header=header))
-                self.assertEqual("".join(to[0] for to in answer["recipient"]), wanted)
+            _, answer = posted(document(rcpt=rcpt, header=header))
+            self.assertEqual("".join(to[0] for to in answer["recipient"]), wanted, header)
 
     def test_separate_copies_without_to(self):
         peer = self.peer()
