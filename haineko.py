@@ -680,9 +680,13 @@ def parse_secret(value: Any, json_path: str, errors: list) -> Any:
 
 def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     """Return a secret from where it is; ValueError tells why that fails, without octets of it. A command blocks."""
-    if isinstance(source, str):
-        return source
-    ((kind, where),) = source.items()
+    secret = source if isinstance(source, str) else _read_source(*next(iter(source.items())), base, multiline)
+    if not (multiline or secret.isprintable()):  # in an HTTP header or a command it would break the line
+        raise ValueError(": has a line end, or another unprintable character")
+    return secret
+
+
+def _read_source(kind: str, where: Any, base: str, multiline: bool) -> str:
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else base
     if kind == "credential" and ("/" in where or not folder):
         raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
@@ -694,15 +698,12 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
             octets = os.fsencode(os.environ[where])
         else:
             octets = read_regular(os.path.join(folder, where), 0o006)
-        secret = octets.decode().rstrip("\r\n")
+        return octets.decode().rstrip("\r\n")
     except KeyError:
         raise ValueError(f".env: no environment variable {where}") from None
     except (OSError, UnicodeDecodeError) as error:
         name = where[0] if kind == "command" else where
         raise ValueError(f".{kind}: {name}: {getattr(error, 'strerror', 'not UTF-8')}") from None
-    if not (multiline or secret.isprintable()):
-        raise ValueError(": has a line end, or another unprintable character")
-    return secret
 
 
 def run_secret_command(command: tuple, base: str) -> bytes:
@@ -753,8 +754,8 @@ class Authenticator:
             if rest := self.cost - scrypt_cost(line):  # or the time would reveal which users exist
                 scrypt(password, b"", parallel=rest)
         if right:
-            self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-            self.verified[digest] = now + 600
+            current = {key: expires for key, expires in self.verified.items() if expires > now}
+            self.verified = {**current, digest: now + 600}  # a new one: another thread may iterate over the old one
         return user if right else ""
 
 
@@ -2695,7 +2696,7 @@ def fold(line: str, tokens: Any) -> str:
 
 def encoded_words(value: str, charset: str, used: int) -> list:
     """Return encoded words (RFC 2047) of whole characters, for lines of 76 columns; `used` of the first are taken."""
-    words, room, start = [], 76 - used, 0
+    words, room, start = [], max(76 - used, 1), 0
     value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
     while start < len(value) or not words:
         size, limit = min(len(value) - start, room), (room - len(charset) - 7) // 4 * 3  # characters, octets
@@ -2970,8 +2971,8 @@ class SharedLimits:
         return 0
 
     def close_session(self, octet: int) -> None:
-        self.sessions.discard(octet)
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
+        self.sessions.discard(octet)  # last: until then no other thread of this process locks it again
 
 
 class AsyncSocket:
@@ -3710,7 +3711,7 @@ async def sign_transaction(transaction: Transaction) -> Transaction:
 def signed_message(transaction: Transaction, now: int) -> Message:
     """Return the message signed for the domain of From or the nearest one above it, unless that has signed already."""
     octets, message = transaction.octets(), transaction.message
-    header = parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields
+    header, _ = read_header(octets, 0, octets.index(b"\r\n\r\n") + 2)  # parse_message() would apply clients' limits
     try:
         authors = parse_mailboxes(next((unfold(value) for name, value in header if name == "from"), ""))
     except ValueError:
@@ -3914,18 +3915,19 @@ def token_form(oauth2: OAuth2, username: str, refresh_token: str, now: int) -> d
 
 def save_refresh_token(oauth2: OAuth2, text: str) -> str:
     """Write the token to its {"file"}, complete or not at all, for its owner only; return what else must be done."""
-    import tempfile
-
     if not (isinstance(oauth2.refresh_token, dict) and "file" in oauth2.refresh_token):
-        return "put the new one into the settings, ours may end"
-    path = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"]))
+        return "put the new one into the settings; the old one may stop working"
+    path, aside = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"])), ""
     try:
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as stream:
+            aside = stream.name
             stream.write(text.encode("utf-8", "replace") + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(stream.name, path)
+        os.replace(aside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
         return f"{path} can't be written ({error.strerror}), so the new one is lost when this process ends"
     return ""
 
@@ -4007,7 +4009,7 @@ class Session(smtplib.SMTP):
         except OSError as error:
             self.close()
             raise Rejected(self._broken(error)) from None
-        except Rejected:
+        except Exception:  # Rejected, or a bug: either way the route gets its session back
             self.quit()
             raise
         self.sock.setblocking(False)
@@ -7773,8 +7775,11 @@ def command_start(options: Any) -> int:
         return 0
     os.setsid()
     os.chdir("/")
-    for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+    null = os.open(os.devnull, os.O_RDONLY)
+    for number, target in ((0, null), (1, output), (2, output)):
         os.dup2(target, number)
+    os.close(null)
+    os.close(output)  # or a log that was rotated and deleted would go on taking space on the disk
     log.path = log_file
     code = Supervisor(settings, listeners).run(
         lambda: os.write(pid_fd, f"{os.getpid()}\n{announce(settings, listeners)}\n".encode())
@@ -8117,13 +8122,13 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
         raise CommandError(f'"{url}" is no URL of a Haineko', 2)
     connection = KeepAliveConnection(HTTPTarget(base, 300, max_response=MAX_BODY))
     try:
-        if url.startswith("unix:"):
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.connect(url[5:])
         with contextlib.closing(connection):
+            if url.startswith("unix:"):
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.connect(url[5:])
             response = run(connection.fetch(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials))))
     except (Rejected, OSError) as error:
-        reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error.strerror
+        reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error_text(error)
         raise CommandError(f"{url}: {reason}", 1) from None
     document, keys = response.document(), {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # of JSON in another form
@@ -8180,6 +8185,8 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
         raise CommandError(store.fault or result.reply.message[0], 1)
+    if isinstance(result, Exception):  # a bug
+        raise result
     return result
 
 

@@ -2637,6 +2637,7 @@ class Secrets(Folder):
                 (self.shell("yes geheim"), ".command: sh: did not end within 0.3 s"),
                 (self.shell("printf 'geheim\\377'"), ".command: sh: not UTF-8"),
                 (self.shell("printf 'geheim\\001'"), ": has a line end, or another unprintable character"),
+                ("geheim\n", ": has a line end, or another unprintable character"),
             ):
                 with self.subTest(source):
                     began = time.monotonic()
@@ -3663,6 +3664,11 @@ class RawMessages(Quiet):
                     faults = haineko.parse_submission(as_body(self.raw(octets))).errors
                     self.assertEqual(len(faults), 1)
                     self.assertIn(f"header {field.partition(':')[0]}: ", faults[0])
+
+    def test_a_field_with_a_long_name_keeps_its_text(self):
+        octets = b"x" * 80 + ": {}\r\n".format("é" * 100).encode()
+        text = haineko.unfold(haineko.encode_field("x" * 80, octets, ""))
+        self.assertEqual(haineko.decode_encoded_words(text), "é" * 100)
 
     def test_header_and_body_are_changed_each_on_its_own(self):
         head = b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=gb2312\r\nContent-Transfer-Encoding: 8bit\r\n"
@@ -5872,6 +5878,12 @@ class Signatures(Folder, Peers):
                 found = signatures_of(haineko.run(haineko.sign_transaction(mail)).octets())
                 self.assertEqual([(tags["d"], tags["s"]) for tags in found if tags["s"] != "x"], wanted)
 
+    def test_a_header_of_more_fields_than_a_client_may_send_is_signed(self) -> None:
+        octets = b"From: a@example.org\r\n" + b"X-A: x\r\n" * 1005 + b"\r\nNyaa\r\n"
+        mail = job(haineko.Route(), text=octets)._replace(dkim=settings(dkim=dkim_keys("example.org")).dkim)
+        signed = haineko.run(haineko.sign_transaction(mail)).octets()
+        self.assertTrue(signed.startswith(b"DKIM-Signature: ") and signed.endswith(octets))
+
     def test_which_routes_sign(self) -> None:
         keys = settings(dkim=dkim_keys("example.org")).dkim
         for route, dkim, wanted in (
@@ -6117,7 +6129,7 @@ class OAuth2(Folder, Peers):
         os.symlink(kept, link := os.path.join(self.folder, "link"))
         said = (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
         for source, last, words in (
-            ({"file": "link"}, "new", ""), ("old", "old", "put the new one into the settings, ours may end"),
+            ({"file": "link"}, "new", ""), ("old", "old", "put the new one into the settings; the old one may stop working"),
         ):  # fmt: skip
             with self.subTest(source):
                 provider, tokens = self.provider(*said), self.cache()
@@ -6136,6 +6148,10 @@ class OAuth2(Folder, Peers):
         self.assertEqual(sorted(os.listdir(self.folder)), ["haineko.json", "link", "refresh"])
         nowhere = haineko.OAuth2(refresh_token={"file": "/nowhere/x"})
         self.assertIn("can't be written", haineko.save_refresh_token(nowhere, "new"))
+        os.makedirs(os.path.join(self.folder, "full", "inner"))
+        full = haineko.OAuth2(refresh_token={"file": "full"}, base=self.folder)
+        self.assertIn("can't be written", haineko.save_refresh_token(full, "new"))
+        self.assertEqual(sorted(os.listdir(self.folder)), ["full", "haineko.json", "link", "refresh"])
 
     def test_a_service_account(self):
         account = {"client_email": "bot@example.iam", "private_key": TEST_RSA_KEY, "type": "service_account"}
@@ -6880,6 +6896,13 @@ class SmtpSessions(Peers):
         replies = carried(job(peer, TO), job(peer, TO))
         self.assertEqual([[reply.code for reply in its] for its in replies], [["250", "450", "250"]] * 2)
         self.assertEqual((len(peer.connections), len(peer.mails)), (2, 2))
+
+    def test_a_session_that_fails_by_a_bug_gives_back_what_it_has(self) -> None:
+        session, given_back = haineko.Session(haineko.Route(), "x"), []
+        session.on_close.callback(given_back.append, 1)
+        session.steps = lambda: (lambda: int("bug"),)
+        self.assertRaises(ValueError, session.open)
+        self.assertEqual(given_back, [1])
 
     def test_nobody_is_tried_again_after_the_text_however_many_sessions_are_replaced(self) -> None:
         class Reusing(haineko.TransportContext):
@@ -8913,6 +8936,7 @@ class QueueStore(Quiet):
         self.assertEqual(caught.exception.reply.status, 409)
         with self.assertRaisesRegex(haineko.CommandError, "being sent"):
             haineko.run_operation(self.store, haineko.drop_message, "Q" * 16, 0)
+        self.assertRaises(ZeroDivisionError, haineko.run_operation, self.store, lambda *_: 1 // 0)
         self.assertEqual(self.states("Q" * 16), ["sending", "waiting"])
         self.do(haineko.finish_attempt, leased.id, haineko.AttemptResult(None, "delivered"), 0)
         self.assertEqual(self.do(haineko.drop_message, "Q" * 16, 0), 1)
@@ -11838,6 +11862,7 @@ class Commands(Folder, Peers):
             ("check --sender nobody -c /nowhere.json", 1, "No such file"),
             *((f"send --user x --to a@b.jp --body x --url {url}", 2, "in clear text") for url in clear),
             *((f"send --url {url}", 2, "is no URL of a Haineko") for url in none),
+            (f"send --url unix:/{'x' * 200}", 1, ": AF_UNIX path too long"),
             *((f"send {words}", 2, "want --to, and no FILE") for words in twice),
             ("send --to a@b.jp --attach /nowhere.pdf", 2, "/nowhere.pdf: No such file"),
             ("send /nowhere.json", 2, "/nowhere.json: No such file"),
@@ -11951,6 +11976,9 @@ class Commands(Folder, Peers):
         os.rename(log, old)  # as logrotate does
         self.assertEqual(run_here("reload", *options)[0], 0)
         eventually(lambda: os.path.exists(log), "a new log file")
+        fds = f"/proc/{number}/fd"
+        if os.path.isdir(fds):  # nothing holds the old one open
+            eventually(lambda: old not in [os.readlink(os.path.join(fds, fd)) for fd in os.listdir(fds)], "release", 5)
         with HttpClient(place(done.stderr)) as wire:
             wire.send(post())
             eventually(lambda: peer.now, "the mail at its next hop")
