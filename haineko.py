@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Haineko, an HTTP API into ESMTP: take a mail as JSON, relay it, answer with a reply for every recipient.
 
-    HTTP request -> parse_submission() -> Submission -> CHECKS -> compose() -> Message -> resolve_route() per recipient
-      -> Transaction per route -> RELAYS -> Reply per recipient -> HTTP response
-                                               |  deferred, or to be queued
-                                               +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
+    HTTP request -> parse_submission() -> Submission -> compose() -> Message -> resolve_route() per recipient
+      -> Transaction per route or recipient -> RELAYS -> Reply per recipient -> HTTP response
+                                                 |  deferred, or to be queued
+                                                 +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
+
+submit() in section 17 runs it. CHECKS apply before the body is read, to the Submission and to the Message.
 
      1  Replies and transactions   11  HTTP client
      2  JSON into dataclasses      12  Signatures
@@ -27,8 +29,9 @@ Rules of the file:
   - Input of clients never gets unchecked into a header, command, log line or path; every regex is linear.
   - Standard library only; nothing is answered 2xx before it is on disk or the next hop has said 250.
 
-To add: a relay is a function and a row of RELAYS; a check a function, a row of REPLIES and one of CHECKS; a setting a
-config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a command a function and a row of COMMANDS.
+To add a relay, write a function and a row of RELAYS (end of section 15); a check: a function, a row of REPLIES (1) and
+one of CHECKS (6); a setting: a config_field() in section 3; an endpoint: a function and a row of ENDPOINTS (19); a
+command: a function and a row of COMMANDS (20). HouseRules in test_haineko.py wants each of them in README.md.
 """
 
 from __future__ import annotations
@@ -118,8 +121,8 @@ class Reply(NamedTuple):
     origin: str = "relay"  # source: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
     before_text: bool = False  # the text of the mail was not sent
-    fallback: str | None = None  # relays of the route's list that failed before
-    route_fault: bool = False  # log-in or settings of the route are at fault, not the mail, which is tried again
+    fallback: str | None = None  # relays of the route's list that failed earlier
+    route_fault: bool = False  # the route's login or settings are at fault, not the mail, which is tried again
     slug: str = ""  # name in REPLIES of a refusal before delivery
     dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
@@ -175,11 +178,11 @@ class Transaction(NamedTuple):
 TransactionResult = namedtuple("TransactionResult", "transaction replies ms")  # with a Reply for each recipient
 
 
-def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
-    """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `endpoint`: mailer, host, port."""
+def make_reply(slug: str, *lines: str, word: str = "", **more: Any) -> Reply:
+    """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `more`: fields, such as the mailer."""
     status, code, dsn, command, text = REPLIES[slug]
-    origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
-    values = {"command": command, "status": status, "origin": origin, **endpoint}
+    origin = "queue" if command == "QUEUE" else "policy" if status and not more.get("mailer") else "relay"
+    values = {"command": command, "status": status, "origin": origin, **more}
     shown = slug if origin == "policy" else ""
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), slug=shown, **values)
 
@@ -212,7 +215,7 @@ def _base62(second: int) -> str:
     return "".join(BASE62[second // 62**place % 62] for place in range(5, -1, -1))
 
 
-REPLIES = {  # name: (HTTP status of a refusal, code, dsn, command, text)
+REPLIES = {  # name: (HTTP status of a refusal before delivery, else 0; code, dsn, command, text)
     # HTTP itself
     "method": (405, "421", None, "HTTP", "%s method not supported"),
     "not-found": (404, "421", None, "HTTP", "Not found"),
@@ -368,7 +371,7 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable 
 def key_table(cls: type) -> dict:
     """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
     known = [item for item in fields(cls) if "parse" in item.metadata]
-    return {key: (i.name, i.metadata["parse"]) for i in known for key in i.metadata["keys"] or (i.name,)}
+    return {key: (item.name, item.metadata["parse"]) for item in known for key in item.metadata["keys"] or (item.name,)}
 
 
 def json_type_name(value: Any) -> str:
@@ -548,8 +551,8 @@ class Networks:
             self.prefixes[network.version, shift].add(int(network.network_address) >> shift)
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, int(address)
-        return any(version == of and number >> shift in known for (of, shift), known in self.prefixes.items())
+        number, prefixes = int(address), self.prefixes.items()
+        return any(address.version == version and number >> shift in known for (version, shift), known in prefixes)
 
 
 def name_server_endpoint(text: str) -> tuple:
@@ -730,7 +733,7 @@ class Authenticator:
         self.logins = logins
         self.keys = {login.hash: name for name, login in logins.items() if login.hash.startswith(KEY_HASH)}
         self.cost = max([NEW_COST, *[scrypt_cost(login.hash) for login in logins.values()]])  # of every verification
-        self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
+        self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are not verified again
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(2)  # scrypt takes 16 MiB and a core each
 
@@ -884,7 +887,7 @@ class Smtpd:
 
     @property
     def staging(self) -> str:
-        """Tell people what staging does to all mail; "" if it is off."""
+        """Return a note for people on what staging does to all mail; "" if it is off."""
         notes = [f"all mail goes to {', '.join(self.redirect)} (smtpd.redirect)"] if self.redirect else []
         notes += [f'subjects begin with "{self.subject_prefix}"'] if self.subject_prefix else []
         return f"STAGING: {'; '.join(notes)}" if notes else ""
@@ -955,7 +958,7 @@ class Login:
     trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
 
     def fault(self, client: IPAddress, now: float) -> str:
-        """Say why a right password is of no use here and now, "" if it is."""
+        """Return why this login must be refused although the password is right, or ""."""
         if self.networks is not None and client not in self.networks:
             return f"{client} is not in its networks"
         return f"expired at {self.expires}" if self.expires and iso_time(self.expires) <= now else ""
@@ -1058,7 +1061,8 @@ def load_settings(path: str | None) -> tuple:
             files[file] = stat_key(file)
             raw[section] = read_json_file(file, f"{section}: {file}", errors)
     settings = from_dict(Settings, raw, "", errors)
-    causes = tuple(error.partition(": ")[0] + mark for error in errors for mark in ".:[")  # what else is there follows
+    # A faulty value was left out, so that resolve_settings() may find faults at the same place: those are dropped.
+    causes = tuple(error.partition(": ")[0] + mark for error in errors for mark in ".:[")
     for json_path, source, how in resolve_secrets(settings, "", base, errors):
         if isinstance(source, str):
             exposed.add(aside.get(json_path.partition(".")[0], path))
@@ -1156,7 +1160,7 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
-    """Return the login with what tokens are fetched with; scope as in the settings."""
+    """Return the login with its provider's values filled in, except for the scope, which depends on the relay."""
     if not (oauth2 := login.oauth2):
         return login
     provider, account = "google" if oauth2.service_account else oauth2.provider, oauth2.service_account
@@ -1168,8 +1172,11 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> Crede
         needs["oauth2.client_secret"] = oauth2.client_secret or oauth2.refresh_token
     errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
     try:
-        document = parse_json(account.encode()) if account and isinstance(account, str) else None
-        document and (document["client_email"], PrivateKey(document["private_key"].encode()))
+        if account and isinstance(account, str):
+            document = parse_json(account.encode())
+            PrivateKey(document["private_key"].encode())
+            if not document["client_email"]:
+                raise ValueError("no client_email")
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         errors.append(f"{json_path}.oauth2.service_account: expected the JSON file of a Google service account")
     return replace(login, oauth2=replace(oauth2, base=base, provider=provider, token_url=url))
@@ -1203,7 +1210,8 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
-        client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
+        if ca_file:
+            client_context(route.tls_verify, ca_file, stat_key(ca_file))
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     oauth2 = login.oauth2 if not row.api_url or "oauth2" in row.login else None
@@ -1285,7 +1293,7 @@ def redacted(value: Any, secret: str = "") -> Any:
     if isinstance(value, Route) and value.fallbacks:
         return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if hasattr(value, "__dataclass_fields__"):
-        known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
+        known = {(item.metadata["keys"] or (item.name,))[0]: item for item in fields(value) if "parse" in item.metadata}
         return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
     value = getattr(value, "logins", getattr(value, "texts", value))  # of an Authenticator, of Networks
     if isinstance(value, dict):
@@ -1914,7 +1922,7 @@ def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
 
 def parse_file_name(value: Any, json_path: str, errors: list) -> str:
     value = parse_unicode_text(value, json_path, errors).strip()
-    if re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", value):  # one can make fdp.exe look like exe.pdf
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", value):  # bidi ones make fdp.exe look like exe.pdf
         errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
         errors.append(f'{json_path}: expected a name without a path, got "{sanitize(value, 80)}"')
@@ -2234,7 +2242,7 @@ def is_expensive(work: Any) -> bool:
     if not isinstance(work, Submission):  # of a provider's client, perhaps one of many
         return True
     header, raw = work.header, work.raw or ParsedMessage([], b"")
-    cost = (0.01 if raw.body.isascii() else 0.3) * len(raw.body)  # microseconds, from above
+    cost = (0.01 if raw.body.isascii() else 0.3) * len(raw.body)  # microseconds, estimated high
     cost += 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
     cost += (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)
     cost += (0.1 if work.body else 0.5) * len(work.html)
@@ -2375,7 +2383,7 @@ def proxied_client_error(request: Request, settings: Settings) -> str:
 
 
 def check_envelope(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    """Refuse a submission that asks for what it may not, that went in a loop, or whose EHLO or MAIL is no command."""
+    """Refuse a submission that asks for what it may not, a mail in a loop, and a malformed EHLO name or sender."""
     names, ehlo, sender = submission.header.loop, submission.ehlo, submission.mail
     if (submission.send_at or 0) > request.now + MAX_SEND_AHEAD:
         return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
@@ -3072,7 +3080,7 @@ class AsyncSocket:
             self._watch(writing, on=False)
 
     def _set_timer(self) -> None:
-        """End a wait whose deadline has passed; call again at that of one which has not."""
+        """End the wait if its deadline has passed; set the timer to the deadline of a wait that goes on."""
         if self.deadline <= time.monotonic():
             self.abort(socket.timeout("timed out"))
         if self.timer:
@@ -3751,12 +3759,12 @@ def dkim_signature(octets: bytes, key: DkimKey, now: int) -> bytes:
     algorithm = "ed25519" if key.private.is_ed25519 else "rsa"
     tags = ["v=1;", f"a={algorithm}-sha256;", "c=relaxed/relaxed;", f"d={key.domain};", f"s={key.selector};"]
     tags += [f"t={now};", *f"h={': '.join(listed)};".split(" "), f"bh={digest};", "b="]
-    field_ = fold("DKIM-Signature:", tags)
+    unsigned = fold("DKIM-Signature:", tags)  # the field as it is signed, with an empty "b="
     signed = [by_name[name].pop() for name in listed if by_name.get(name)]  # the last first, RFC 6376 5.4.2
-    data = b"\r\n".join([*signed, _relaxed_field(field_.encode())])
+    data = b"\r\n".join([*signed, _relaxed_field(unsigned.encode())])
     data = hashlib.sha256(data).digest() if key.private.is_ed25519 else data  # RFC 8463 3
     signature = base64.b64encode(key.private.sign(data)).decode()
-    return "\r\n ".join([field_, *re.findall(".{1,76}", signature)]).encode() + b"\r\n"
+    return "\r\n ".join([unsigned, *re.findall(".{1,76}", signature)]).encode() + b"\r\n"
 
 
 DKIM_OVERSIGNED = ("from", "to", "cc", "subject", "date", "message-id", "reply-to", "mime-version", "content-type")
@@ -4016,6 +4024,7 @@ class Session(smtplib.SMTP):
         self.alive = not self.recv_buffer
 
     def steps(self) -> tuple:
+        """Return the steps from nothing to a session that takes mail, in order; each blocks."""
         return self._greet, self._hello, self._starttls, self._log_in
 
     def _greet(self) -> None:
@@ -4764,7 +4773,7 @@ def save_message(transaction: Transaction) -> Reply:
     return make_reply("done", word=path, mailer="File")
 
 
-def print_message(transaction: Transaction) -> Reply:
+def print_on_screen(transaction: Transaction) -> Reply:
     """Print the message, with controls escaped, and marked so that no line of it can pass for one of the log."""
     people = f"from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
@@ -5280,7 +5289,7 @@ RELAYS.update(
         account=lambda document: f"the token is good for {document['emailAddress']}"),
     File=Relay(functools.partial(relay_local, save_message), probe_local,
         destination="File {route.folder}", into_folder=True),
-    Screen=Relay(functools.partial(relay_local, print_message), probe_local, destination="Screen"),
+    Screen=Relay(functools.partial(relay_local, print_on_screen), probe_local, destination="Screen"),
     Discard=Relay(relay_discard, probe_local, destination="Discard"),
 )  # fmt: skip
 
@@ -5292,7 +5301,6 @@ RELAYS.update(
 
 MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
 SCHEMA_VERSION = 2  # PRAGMA user_version of the file
-OTHER_VERSION = "is of version"
 RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
 MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
 MAX_REPLY_LINES = 10  # lines kept of a reply
@@ -5512,6 +5520,7 @@ class QueueDB:
         self.slot = 1 + int.from_bytes(os.urandom(4), "big")  # owner of this process's leases; no other has the number
         self.locks = 0  # the lock file
         self.fault = ""  # why the file can't be used
+        self.is_other_version = False  # that is why: another Haineko wrote it
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -5641,9 +5650,10 @@ class QueueDB:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if not version:
             db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
-        elif version != SCHEMA_VERSION:
+        self.is_other_version = version not in (0, SCHEMA_VERSION)
+        if self.is_other_version:
             way_out = "let the Haineko that wrote it deliver what waits, then delete it"
-            raise OSError(f"{OTHER_VERSION} {version}, this Haineko's is {SCHEMA_VERSION}: {way_out}")
+            raise OSError(f"is of version {version}, this Haineko's is {SCHEMA_VERSION}: {way_out}")
         self.file_ids = list(map(file_id, paths))
         return db
 
@@ -6372,8 +6382,8 @@ def http_status(replies: Any) -> int:
         return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
-    not_ascii = REPLIES["rcpt-ascii"][4]  # the address is wrong, even if it took the next server to tell
-    statuses = {400 if reply.dsn == "5.6.7" and reply.message[0] == not_ascii else reply.status for reply in replies}
+    # 5.6.7 of our own: the address is at fault, even if it took the next server's EHLO to tell.
+    statuses = {400 if reply.dsn == "5.6.7" and not reply.from_server else reply.status for reply in replies}
     if len(statuses) == 1 and statuses != {0}:
         return statuses.pop()
     return 503 if any(reply.temporary for reply in replies) else 502
@@ -6488,9 +6498,9 @@ async def answer_provider(request: Request, app: App) -> Response:
         if octets > MAX_CALL:  # SendGrid's mails share their attachments
             raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
         prepared.append(mail)
-    ready, queued = [mail for mail in prepared if mail.transactions], dry_run or app.queue
+    ready, sends_later = [mail for mail in prepared if mail.transactions], dry_run or app.queue  # or never
     failed = next((mail.error for mail in prepared if mail.error), None)
-    if not queued and (permissive or not failed):
+    if not sends_later and (permissive or not failed):
         results = iter(await deliver([one for mail in ready for one in mail.transactions], app.transport, settings))
         for mail in ready:
             replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
@@ -6499,7 +6509,7 @@ async def answer_provider(request: Request, app: App) -> Response:
         failed = prepared[0].error if all(mail.error for mail in prepared) else None
     if failed and not permissive:
         return provider_error(failed, request)
-    for mail in ready if queued else ():
+    for mail in ready if sends_later else ():
         mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
@@ -6741,17 +6751,17 @@ PROVIDER_ENDPOINTS = {
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-HEADER_LINE = re.compile(rf"({_TOKEN}+):([^\r\n\0]*)")
+_TCHAR = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"  # RFC 9110 5.6.2
+REQUEST_LINE = re.compile(rf"({_TCHAR}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+HEADER_LINE = re.compile(rf"({_TCHAR}+):([^\r\n\0]*)")
 BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
-FORWARDING_HEADERS = {
-    *["via", "forwarded", "x-real-ip", "x-client-ip", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"]
-}
+FORWARDING_HEADERS = frozenset(
+    ("via", "forwarded", "x-real-ip", "x-client-ip", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
+)
 SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
@@ -6801,8 +6811,8 @@ def parse_head(octets: bytes) -> Request:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     connection, is_http10 = headers.get("connection", "").lower(), minor == "0"
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
-    values = method, target.partition("?")[0], headers, b"", None, None, None, time.time()
-    return Request(*values, is_http10=is_http10, keep_alive=keep_alive)
+    path, unknown = target.partition("?")[0], {"client": None, "peer": None, "port": None}  # Connection sets them
+    return Request(method, path, headers, b"", now=time.time(), is_http10=is_http10, keep_alive=keep_alive, **unknown)
 
 
 def body_length(request: Request) -> int:
@@ -7299,9 +7309,9 @@ class Worker:
         self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop, is_of_queue = EventLoop(), slot == len(self.busy_counts)
         self.queue_manager = QueueManager(self.app, supervisor.wakeup_pair[0]) if is_of_queue else None
-        self.connections: OrderedDict = OrderedDict()  # as keys; that whose client's turn began first is the first
+        self.connections: OrderedDict = OrderedDict()  # keys alone; first the one whose client's turn began first
         self.per_address: Counter = Counter()  # of the connections
-        self.lingering_503s = 0  # of them, now
+        self.lingering_503s = 0  # connections over the limit that are being answered
 
     async def serve(self) -> None:
         """Serve until a signal to stop comes and all requests in flight are answered."""
@@ -7316,7 +7326,7 @@ class Worker:
             sock.setblocking(False)
         listeners = list(map(AsyncSocket, self.listeners))
         work = [self.queue_manager.run()] if self.queue_manager else map(self._accept, listeners)
-        for coroutine in (*work, self._housekeeping()):  # it can't do without any: if one fails, another worker begins
+        for coroutine in (*work, self._housekeeping()):  # if one of them ends, the worker does, and is replaced
             self.loop.create_task(coroutine).add_done_callback(lambda _: self.stopped.set())
         await self.stopped.wait()
         self.app.stopping = True
@@ -7433,7 +7443,7 @@ class Supervisor:
         self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
         is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog = int(is_ours and os.environ.pop("WATCHDOG_USEC", "0")) / 2e6  # seconds between messages to it
-        self.looked = self.petted = 0.0  # time.monotonic() of the last look at the workers, and of the last message
+        self.checked_at = self.notified_at = 0.0  # time.monotonic() of the last look at the workers and message to it
 
     def run(self, ready: Callable) -> int:
         """Run until SIGTERM or SIGINT; return the exit code."""
@@ -7473,14 +7483,14 @@ class Supervisor:
     def _check_heartbeats(self, now: float) -> None:
         """Kill the workers that hang; while none does, say so to systemd's watchdog."""
         beats = {pid: max(began, metrics.rows[slot][0] / 1e9) for pid, (began, slot) in self.workers.items()}
-        was_late = now - self.looked > HANG_TIMEOUT / 2  # this process, or the machine, did not run either
+        was_late = now - self.checked_at > HANG_TIMEOUT / 2  # this process, or the machine, did not run either
         hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT and not was_late]
-        self.looked = now
+        self.checked_at = now
         for pid in hanging:
             log.lines(f"worker {pid} hangs; killing it", level="error")
         self._signal(hanging, signal.SIGKILL)
-        if self.watchdog and not hanging and now - self.petted > self.watchdog * 0.9:
-            self.petted = now
+        if self.watchdog and not hanging and now - self.notified_at > self.watchdog * 0.9:
+            self.notified_at = now
             self._notify("WATCHDOG=1")
 
     def _replace(self) -> None:
@@ -7727,7 +7737,7 @@ def prepare_server(options: Any) -> tuple:
         database = QueueDB(settings.queue)
         database.commit([])
         database.close(for_good=True)
-        if OTHER_VERSION in database.fault:
+        if database.is_other_version:
             raise CommandError(f"the queue can't be used: {database.fault}", 2)
     address = "a socket of $LISTEN_FDS"
     try:
@@ -8510,13 +8520,13 @@ def envelope_sender(given: str | None, hostname: str) -> str:
 def named_recipients(addresses: list, fields: list, settings: Settings) -> list:
     """Return the recipients in words and in header fields (the last Resent- ones, if there are), aliases expanded."""
     named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
-    here, again, found = f"@{settings.hostname.lower()}", {}, []
+    here, resent_fields, found = f"@{settings.hostname.lower()}", {}, []
     for name, octets in fields:
-        if name in again:  # of an earlier sending
+        if name in resent_fields:  # of an earlier sending
             break
         if name.startswith("resent-"):
-            again[name] = octets
-    resent = header_recipients([(name[7:], octets) for name, octets in again.items()])
+            resent_fields[name] = octets
+    resent = header_recipients([(name.removeprefix("resent-"), octets) for name, octets in resent_fields.items()])
     for address in [*named, *(resent or header_recipients(fields))]:
         name = address[: -len(here)] if address.lower().endswith(here) else ""
         found += settings.smtpd.aliases.get(name.lower(), (address,))

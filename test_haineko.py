@@ -6129,8 +6129,9 @@ class OAuth2(Folder, Peers):
         os.symlink(kept, link := os.path.join(self.folder, "link"))
         said = (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
         for source, last, words in (
-            ({"file": "link"}, "new", ""), ("old", "old", "put the new one into the settings; the old one may stop working"),
-        ):  # fmt: skip
+            ({"file": "link"}, "new", ""),
+            ("old", "old", "put the new one into the settings; the old one may stop working"),
+        ):
             with self.subTest(source):
                 provider, tokens = self.provider(*said), self.cache()
                 route = self.route(provider, refresh_token=source)
