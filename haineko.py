@@ -102,7 +102,7 @@ __version__ = "1.0.0"
 DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
 LARGE = 65536  # octets; work on more than this takes milliseconds
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
+RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))  # table for bytes.translate(): octet to digit
 
 
 class Reply(NamedTuple):
@@ -1217,8 +1217,8 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     oauth2 = login.oauth2 if not row.api_url or "oauth2" in row.login else None
     oauth2 = oauth2 or (OAuth2(access_token=login.token) if login.token and not row.api_url else None)
     if oauth2 and not oauth2.scope:
-        scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
-        oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
+        of_application, of_user = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
+        oauth2 = replace(oauth2, scope=of_user if oauth2.refresh_token else of_application)
     site = split_base_url(route.url) if row.api_url else route
     credentials = (login.username, login.password) if has_login else ()
     values = {"host": site.host, "port": site.port, "credentials": credentials, "token": login.token}
@@ -2081,7 +2081,7 @@ def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0) -> 
     elif part.media_type.startswith("multipart/") and (boundary := part.parameter("boundary").encode()):
         delimiter, start = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)"), 0
         for found in delimiter.finditer(octets, part.body - 1, part.end):
-            end = found.start() - octets.endswith(b"\r", start, found.start())
+            end = found.start() - (1 if octets.endswith(b"\r", start, found.start()) else 0)  # CR LF before a delimiter
             inner += [(start, max(start, end))] if start else []
             start = min(found.end() + 1, part.end)
             if found[1]:
@@ -2100,7 +2100,8 @@ def read_header(octets: bytes, start: int, end: int) -> tuple:
     while len(header) < MAX_FIELDS + 100 and (found := RAW_FIELD.match(octets, at, end)):  # 100: compose() adds some
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
-    return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
+    empty_line = 2 if octets.startswith(b"\r\n", at, end) else 1 if octets.startswith(b"\n", at, end) else 0
+    return header, at + empty_line
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
@@ -2322,7 +2323,7 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
             request.settings = replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
         return None
     request.login_fault = f"{name}: {fault}" if fault else "no such name, password or key"
-    source = int(request.client) >> (64 if request.client.version == 6 else 0)
+    source = int(request.client) >> (64 if request.client.version == 6 else 0)  # a client may have all of a /64
     state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
     if state and state.wait:
         return rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
@@ -2643,11 +2644,11 @@ class HTMLTextExtractor(HTMLParser):
             self.link, self.link_start = dict(attrs).get("href") or "", len(self.out)
         elif tag == "img":
             self.handle_data(dict(attrs).get("alt") or "")
-        self.pre_depth += tag == "pre"
+        self.pre_depth += 1 if tag == "pre" else 0
 
     def handle_endtag(self, tag: str) -> None:
         self.out.append(BLOCK_MARKS.get(tag, ""))
-        self.pre_depth -= tag == "pre" and self.pre_depth > 0
+        self.pre_depth -= 1 if tag == "pre" and self.pre_depth else 0
         if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
             text = "".join(self.out[self.link_start :]).strip()
             if text and self.link not in (text, f"mailto:{text}"):
@@ -3257,9 +3258,9 @@ def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.sock
 def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSAnswer:
     """Parse the response to that query; ValueError if it answers another one or is none."""
     try:
-        found, flags, questions, answers = struct.unpack_from(">4H", octets)
+        ident, flags, questions, answers = struct.unpack_from(">4H", octets)
         qname, at = read_name(octets, 12)
-        question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
+        question = (ident, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
         if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
         if flags & 0x0200 or answers > 512:
@@ -4082,10 +4083,10 @@ class Session(smtplib.SMTP):
         inline = bool(initial) and len(line + initial) <= MAX_COMMAND
         self.masked = f"AUTH {mechanism} ******** as {route.credentials[0]}"
         try:
-            self.send(line + initial * inline + b"\r\n")
+            self.send(line + (initial if inline else b"") + b"\r\n")
             self.masked = "********"
             code, text = self.getreply()
-            for turn in range(inline, MAX_CHALLENGES):
+            for turn in range(1 if inline else 0, MAX_CHALLENGES):
                 if code != 334:
                     break
                 if route.oauth2 and turn:
@@ -4578,7 +4579,7 @@ class TransportContext:
 # ======================================================================================================================
 
 ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
-MAX_REPLACEMENTS = 8  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
+MAX_REPLACEMENTS = 8  # of one mail's session: the next one may have reached the server's limit of mails as well
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
 SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
@@ -4792,14 +4793,14 @@ async def relay_http(transaction: Transaction, transport: TransportContext) -> l
     """Deliver by the API in the route's row. An access token that is refused is replaced once."""
     row = transaction.route.row
     for again in (True, False):
-        login = await transport.tokens.authorize(transaction.route)
+        route = await transport.tokens.authorize(transaction.route)
         try:
-            call = await asyncio.to_thread(row.request, transaction._replace(route=login))
+            call = await asyncio.to_thread(row.request, transaction._replace(route=route))
         except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
-            raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
-        response = await transport.http.request(HTTPTarget.of_route(login), call)
-        token = login.credentials[1] if login.oauth2 else ""
-        if not (again and token and response.status == 401 and transport.tokens.drop(login)):
+            raise Rejected(make_reply("inexpressible", sanitize(str(error)), **route.endpoint)) from None
+        response = await transport.http.request(HTTPTarget.of_route(route), call)
+        token = route.credentials[1] if route.oauth2 else ""
+        if not (again and token and response.status == 401 and transport.tokens.drop(route)):
             break
     if token:
         response = response._replace(body=response.body.replace(token.encode(), b"********"))
@@ -4984,8 +4985,9 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
-    added = [("x-amz-date", moment)] + [("x-amz-security-token", route.token)] * bool(route.token)
-    signed = [("content-type", call.type)] * (call.method == "POST") + [("host", site.host_header), *added]
+    added = [("x-amz-date", moment), *([("x-amz-security-token", route.token)] if route.token else [])]
+    content_type = [("content-type", call.type)] if call.method == "POST" else []
+    signed = [*content_type, ("host", site.host_header), *added]
     names = ";".join(name for name, _ in signed)
     lines = [call.method, site.path + call.path, "", *(f"{name}:{value}" for name, value in signed), "", names]
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
@@ -5171,7 +5173,7 @@ def probe_session(route: Route, hostname: str) -> list:
             if isinstance(session.sock, ssl.SSLSocket):
                 done["TLS"] = describe_certificate(session.sock)
             elif session.step in ("STARTTLS", "AUTH"):
-                done["TLS"] = "none" + ", though it is offered" * session.has_extn("starttls")
+                done["TLS"] = "none, though it is offered" if session.has_extn("starttls") else "none"
         if route.auth:
             done["AUTH"] = f"logged in as {route.credentials[0]}"
     except (OSError, Rejected) as error:
@@ -5683,7 +5685,7 @@ SCHEMA = """
     CREATE TABLE messages (
         id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,  -- mail, or event for the webhook
         sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
-        open_recipients INTEGER NOT NULL, completed_at REAL,  -- neither delivered nor given up; when none was left
+        open_recipients INTEGER NOT NULL, completed_at REAL,  -- recipients whose result is not final; since when none
         owner INTEGER,                     -- slot of the process that has yet to answer its client
         key BLOB UNIQUE, body_digest BLOB, response TEXT,  -- with Idempotency-Key; JSON of status, headers, body
         size INTEGER NOT NULL, parts TEXT NOT NULL,  -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), length of each part, DSN
@@ -5693,7 +5695,8 @@ SCHEMA = """
     CREATE TABLE recipients (
         id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
         as_written TEXT NOT NULL, recipient TEXT NOT NULL, number INTEGER NOT NULL, destination TEXT NOT NULL,
-        state TEXT NOT NULL, created_at REAL NOT NULL,  -- open, delivered, failed, dropped or held; or its send_at
+        state TEXT NOT NULL,               -- open, delivered, failed, dropped or held
+        created_at REAL NOT NULL,          -- or send_at, from which the lifetime counts
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL, history TEXT NOT NULL,  -- JSON, see add_attempt()
@@ -5997,7 +6000,8 @@ class QueueManager:
             destination = before
         else:
             redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
-            to = parse_address(redirect[0] if redirect and recipient not in redirect else recipient)  # mail from before
+            # Mail that was queued before smtpd.redirect was set is redirected, too.
+            to = parse_address(redirect[0] if redirect and recipient not in redirect else recipient)
             sandbox = before == destination_key(SANDBOX_ROUTE, "")
             route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
             envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
@@ -6785,7 +6789,7 @@ MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_VICTIMS = 64  # connections, waiting for longest, that are compared to find the one to be closed for a new one
-MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
+MAX_LINGERING_503 = 64  # connections over the limit that are answered and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
 http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
@@ -7163,8 +7167,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Rejected(make_reply("content-encoding", "send the document as it is"))
         request.body = await self._read_body(request, self.unread)
         self.unread = 0
-        response = endpoint.handler(request, self.app)
-        return response if isinstance(response, Response) else await response
+        try:
+            response = endpoint.handler(request, self.app)
+            return response if isinstance(response, Response) else await response
+        except OSError as error:  # not this connection's, which would be closed without an answer
+            raise RuntimeError("an endpoint failed") from error
 
     def _endpoint(self, request: Request) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
@@ -7442,7 +7449,8 @@ class Supervisor:
         self.stopping, self.respawn_not_before = False, 0.0  # no worker is started before this time
         self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
         is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog = int(is_ours and os.environ.pop("WATCHDOG_USEC", "0")) / 2e6  # seconds between messages to it
+        microseconds = os.environ.pop("WATCHDOG_USEC", "0") if is_ours else "0"
+        self.watchdog = int(microseconds) / 2e6  # seconds between messages to it, half of what it waits; 0: none
         self.checked_at = self.notified_at = 0.0  # time.monotonic() of the last look at the workers and message to it
 
     def run(self, ready: Callable) -> int:
@@ -7872,7 +7880,8 @@ def command_check(options: Any) -> int:
     staging, printed = settings.smtpd.staging and f"{settings.smtpd.staging}; ", "" if path else "; printed"
     to = settings.recipients
     names = [*sorted(f"@{domain}" for domain in to.domainpart), *sorted(to.recipients)]
-    permitted = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)} only" if names else "nobody"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    permitted = f"{', '.join(names[:8])}{more} only" if names else "nobody"
     permitted = "everybody" if to.open_relay else f"{permitted} (setting recipients)"
     where = f"{staging}mail goes to {describe_route(route)} ({why}){printed}; may be written to: {permitted}"
     root = "" if os.geteuid() else "; warning: the server needs no root"
@@ -8001,7 +8010,7 @@ async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys
     ):
         if is_fault:
             raise ValueError(f"{name}: {words}")
-    under_test = "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
+    under_test = "; t=y: under test, so a failure counts as no signature" if "y" in tags.get("t", "") else ""
     return f"{name}: {'ed25519' if is_ed25519 else f'RSA, {bits} bits'}{under_test}"
 
 
@@ -8113,7 +8122,8 @@ def command_send(options: Any) -> int:
         "html": read_bytes(options.html).decode("utf-8", "replace") if options.html else None,
         "attachments": [{"filename": os.path.basename(path), "content": octets} for path, octets in attached],
     }
-    body, credentials = encode_json(mail) if mail else read_bytes(options.file or "-"), ()
+    body = encode_json(mail) if mail else read_bytes(options.file or "-")
+    credentials: tuple = ()
     if options.user:
         remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
         if remote and not options.insecure:
@@ -8186,7 +8196,7 @@ def command_queue(options: Any) -> int:
         count, done = run_operation(store, drop_message, queueid, time.time()), "dropped"
     else:
         count, done = run_operation(store, flush_queue, queueid), "to be tried at once"
-    print(f"{count} recipient{'s' * (count != 1)} {done}")
+    print(f"{count} recipient{'' if count == 1 else 's'} {done}")
     return int(not count and wanted)
 
 
@@ -8213,7 +8223,7 @@ def queue_list(store: QueueDB, as_json: bool = False) -> int:
                 values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
                 values.update(arrived=time_to_dict(created_at), next=time_to_dict(due), attempts=len(attempts))
                 values["response"] = reply and reply_to_dict(row["recipient"], reply)
-                print("," * bool(count) + json.dumps(values, ensure_ascii=False))
+                print(("," if count else "") + json.dumps(values, ensure_ascii=False))
             else:
                 when = row["state"] if due is None else timestamp(max(due, created_at))
                 head = f"{row['queueid']}  {row['size']:>9}  {timestamp(created_at)}  next {when:24}"
@@ -8221,7 +8231,7 @@ def queue_list(store: QueueDB, as_json: bool = False) -> int:
                 print(f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}")
             count += 1
         last = rows[-1]["id"]
-    print("]" if as_json else f"{count} recipient{'s' * (count != 1)}")
+    print("]" if as_json else f"{count} recipient{'' if count == 1 else 's'}")
     return 0
 
 
@@ -8487,7 +8497,7 @@ def report_failures(status: int, items: list) -> int:
     codes, by_status = set(), {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
     for item in [item for item in items if item["error"]]:
         to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
-        print_message(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+        print_message(sanitize(f"{to}{item['code']} {item['command']}: {' '.join(item['message'])}", 1000), 0)
         if item["dsn"] == "5.4.6":  # a loop
             codes.add(os.EX_UNAVAILABLE)
         elif item["mailer"]:
@@ -8518,7 +8528,7 @@ def envelope_sender(given: str | None, hostname: str) -> str:
 
 
 def named_recipients(addresses: list, fields: list, settings: Settings) -> list:
-    """Return the recipients in words and in header fields (the last Resent- ones, if there are), aliases expanded."""
+    """Return the recipients in arguments and in header fields (the last Resent- ones, if any), aliases expanded."""
     named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
     here, resent_fields, found = f"@{settings.hostname.lower()}", {}, []
     for name, octets in fields:
@@ -8541,7 +8551,7 @@ def split_addresses(text: str, hostname: str) -> list:
 
 
 def qualified(text: str, hostname: str) -> str:
-    """Return an address list, or a field with one, in which names alone have got the domain (RFC 5322 3.4.1)."""
+    """Return an address list, or a field with one, with "@hostname" appended to names that have no domain."""
     tokens = [(found.lastgroup, found[0]) for found in ADDRESS_TOKEN.finditer(text) if found[0]]
     if "fault" in dict(tokens):  # no list
         return text

@@ -10877,6 +10877,13 @@ class Http(Peers):
         self.assertEqual(found["referer"], "に")
         self.assertEqual(set(headers), {"Server", "Date", "Content-Type", "Content-Length"})
 
+    def test_an_oserror_that_is_not_of_the_connection_is_answered(self):
+        mail, keys = document(dry_run=True), dkim_keys("example.org")
+        with patched(haineko.PrivateKey, sign=lambda *_: os.stat("/nowhere")):
+            status, answer = over_http(http_post(as_body(mail)), settings(mailertable={"default": {}}, dkim=keys))
+        self.assertEqual((status, answer["response"][0]["code"]), (500, "451"))
+        self.assertIn("/nowhere", "".join(self.logged()))
+
 
 class HttpAtRest(Peers):
     def test_line_ends_behind_a_body_are_no_request(self) -> None:
@@ -11834,6 +11841,11 @@ class Commands(Folder, Peers):
         for name in haineko.COMMANDS:
             self.assertIn(f"    {name} ", out)
             self.assertEqual(run_here(name, "-h")[0], 0)
+
+    def test_what_failed_is_printed_without_controls(self) -> None:
+        item = {"rcpt": "a\x1b[2J", "error": 1, "code": "553", "command": "RCPT", "message": ["no"], "mailer": None}
+        self.assertEqual(haineko.report_failures(400, [{**item, "dsn": "5.1.5"}]), os.EX_DATAERR)
+        self.assertEqual(self.logged(), ["haineko: <a?[2J>: 553 RCPT: no"])
 
     def test_wrong_usage_and_routes(self) -> None:
         bad = self.write("bad.json", {"httpd": {"lissen": "x"}, "mailertable": {"default": {"mailer": "ESNTP"}}})
