@@ -1287,7 +1287,7 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
 
 
 def redacted(value: Any, secret: str = "") -> Any:
-    """Return settings as JSON values, each secret as ********."""
+    """Return settings as JSON values, each secret as ********; so is a login that has nothing but its hash."""
     if (secret and value) or (isinstance(value, Login) and value == Login(value.hash)):
         return "********"
     if isinstance(value, Route) and value.fallbacks:
@@ -2303,7 +2303,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 #    check_login() sets request.login and rates are counted; otherwise checks have no side effects.
 # ======================================================================================================================
 
-WRONG_LOGINS = Rate("10/60")
+WRONG_LOGINS = Rate("10/60")  # of one address, which is then blocked
 SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
 MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
@@ -3348,7 +3348,7 @@ async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadli
 
 
 def is_public(text: str) -> bool:
-    """Return whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
+    """Return whether an address is globally reachable; an IPv4 address embedded in it is judged in its place."""
     address = ipaddress.ip_address(text)
     address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
     if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
@@ -3357,7 +3357,7 @@ def is_public(text: str) -> bool:
 
 
 class Connector:
-    """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
+    """Opener of TCP connections, in the caller's thread, that remembers which addresses did not answer."""
 
     DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
     FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
@@ -3704,7 +3704,7 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 
 
 async def sign_transaction(transaction: Transaction) -> Transaction:
-    """Return a transaction with its message signed, unless its route, its domain or a signature that it has forbid."""
+    """Return a transaction with its message signed, if its route permits that, there is a key and none has signed."""
     route = transaction.route
     if not (transaction.dkim and route.dkim and route.row.keeps_octets):
         return transaction
@@ -4407,10 +4407,10 @@ class SessionPool:
         return future
 
     def hand_over(self, session: Session | None) -> bool:
-        """Give it to the mail that has waited longest, if any; one that was cancelled waits no more."""
+        """Give the session, or None (the right to open one), to the longest waiter; return whether there was one."""
         while self.waiters:
             future = self.waiters.popleft().future
-            if not future.done():
+            if not future.done():  # else its task was cancelled
                 future.set_result(session)
                 return True
         return False
@@ -6219,7 +6219,7 @@ def apply_staging(submission: Submission, accepted: list, smtpd: Smtpd) -> Submi
     header, raw, prefix = submission.header, submission.raw, smtpd.subject_prefix.rstrip()
     more = [("X-Haineko-Recipients", ", ".join([to.addr_spec for to in accepted]))] if smtpd.redirect else []
     if raw:
-        head = text_field("", prefix, "UTF-8").encode() if prefix else b":"
+        head = text_field("", prefix, "UTF-8").encode() if prefix else b":"  # ": prefix" in place of the colon
         found = [(name, octets.replace(b":", head, 1) if name == "subject" else octets) for name, octets in raw.fields]
         found += [(name.lower(), text_field(name, text, "UTF-8").encode() + b"\n") for name, text in more]
         return replace(submission, raw=raw._replace(fields=found))
@@ -6788,7 +6788,7 @@ MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
-MAX_VICTIMS = 64  # connections, waiting for longest, that are compared to find the one to be closed for a new one
+MAX_VICTIMS = 64  # connections compared to find one to close for a new one: those that wait for their client longest
 MAX_LINGERING_503 = 64  # connections over the limit that are answered and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
