@@ -2249,7 +2249,8 @@ def is_expensive(work: Any) -> bool:
     cost += (0.1 if work.body else 0.5) * len(work.html)
     cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
     cost += 0.6 * len(header.subject) + sum(5 + 0.6 * len(value) for _, value in header.extra_fields)
-    return cost + 15 * len(header.to + header.cc) > 5000
+    mailboxes = header.from_ + header.replyto + header.to + header.cc
+    return cost + sum(15 + 0.6 * len(name) for name, _ in mailboxes) > 5000
 
 
 def decode_jis_strings(table: Any, json_path: str = "") -> None:

@@ -3071,6 +3071,7 @@ class Submissions(Quiet):
             ("a text in Japanese", document(body="猫" * 9000), False, False),
             ("HTML alone", document(body=None, html="<b>x</b>" * 2000), False, True),
             ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
+            ("a long name", document(header={"from": "猫" * 20000 + " <a@example.org>"}), False, True),
             ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
             ("many fields", document(header={"x-a": ["é@" * 40] * 999}), True, True),
             ("many files", document(attachments=[file()] * 900), True, True),
