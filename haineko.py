@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Haineko, an HTTP API into ESMTP: take a mail as JSON, relay it, answer with a reply for every recipient.
 
-    HTTP request -> parse_submission() -> Submission -> CHECKS -> compose() -> Message -> resolve_route() per recipient
-      -> Transaction per route -> RELAYS -> Reply per recipient -> HTTP response
-                                               |  deferred, or to be queued
-                                               +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
+    HTTP request -> parse_submission() -> Submission -> compose() -> Message -> resolve_route() per recipient
+      -> Transaction per route or recipient -> RELAYS -> Reply per recipient -> HTTP response
+                                                 |  deferred, or to be queued
+                                                 +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
+
+submit() in section 17 runs it. CHECKS apply before the body is read, to the Submission and to the Message.
 
      1  Replies and transactions   11  HTTP client
      2  JSON into dataclasses      12  Signatures
@@ -27,8 +29,9 @@ Rules of the file:
   - Input of clients never gets unchecked into a header, command, log line or path; every regex is linear.
   - Standard library only; nothing is answered 2xx before it is on disk or the next hop has said 250.
 
-To add: a relay is a function and a row of RELAYS; a check a function, a row of REPLIES and one of CHECKS; a setting a
-config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a command a function and a row of COMMANDS.
+To add a relay, write a function and a row of RELAYS (end of section 15); a check: a function, a row of REPLIES (1) and
+one of CHECKS (6); a setting: a config_field() in section 3; an endpoint: a function and a row of ENDPOINTS (19); a
+command: a function and a row of COMMANDS (20). HouseRules in test_haineko.py wants each of them in README.md.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ __version__ = "1.0.0"
 DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
 LARGE = 65536  # octets; work on more than this takes milliseconds
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
+RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))  # table for bytes.translate(): octet to digit
 
 
 class Reply(NamedTuple):
@@ -118,8 +121,8 @@ class Reply(NamedTuple):
     origin: str = "relay"  # source: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
     before_text: bool = False  # the text of the mail was not sent
-    fallback: str | None = None  # relays of the route's list that failed before
-    route_fault: bool = False  # log-in or settings of the route are at fault, not the mail, which is tried again
+    fallback: str | None = None  # relays of the route's list that failed earlier
+    route_fault: bool = False  # the route's login or settings are at fault, not the mail, which is tried again
     slug: str = ""  # name in REPLIES of a refusal before delivery
     dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
@@ -175,11 +178,11 @@ class Transaction(NamedTuple):
 TransactionResult = namedtuple("TransactionResult", "transaction replies ms")  # with a Reply for each recipient
 
 
-def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
-    """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `endpoint`: mailer, host, port."""
+def make_reply(slug: str, *lines: str, word: str = "", **more: Any) -> Reply:
+    """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `more`: fields, such as the mailer."""
     status, code, dsn, command, text = REPLIES[slug]
-    origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
-    values = {"command": command, "status": status, "origin": origin, **endpoint}
+    origin = "queue" if command == "QUEUE" else "policy" if status and not more.get("mailer") else "relay"
+    values = {"command": command, "status": status, "origin": origin, **more}
     shown = slug if origin == "policy" else ""
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), slug=shown, **values)
 
@@ -212,7 +215,7 @@ def _base62(second: int) -> str:
     return "".join(BASE62[second // 62**place % 62] for place in range(5, -1, -1))
 
 
-REPLIES = {  # name: (HTTP status of a refusal, code, dsn, command, text)
+REPLIES = {  # name: (HTTP status of a refusal before delivery, else 0; code, dsn, command, text)
     # HTTP itself
     "method": (405, "421", None, "HTTP", "%s method not supported"),
     "not-found": (404, "421", None, "HTTP", "Not found"),
@@ -368,7 +371,7 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable 
 def key_table(cls: type) -> dict:
     """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
     known = [item for item in fields(cls) if "parse" in item.metadata]
-    return {key: (i.name, i.metadata["parse"]) for i in known for key in i.metadata["keys"] or (i.name,)}
+    return {key: (item.name, item.metadata["parse"]) for item in known for key in item.metadata["keys"] or (item.name,)}
 
 
 def json_type_name(value: Any) -> str:
@@ -548,8 +551,8 @@ class Networks:
             self.prefixes[network.version, shift].add(int(network.network_address) >> shift)
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, int(address)
-        return any(version == of and number >> shift in known for (of, shift), known in self.prefixes.items())
+        number, prefixes = int(address), self.prefixes.items()
+        return any(address.version == version and number >> shift in known for (version, shift), known in prefixes)
 
 
 def name_server_endpoint(text: str) -> tuple:
@@ -680,9 +683,13 @@ def parse_secret(value: Any, json_path: str, errors: list) -> Any:
 
 def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     """Return a secret from where it is; ValueError tells why that fails, without octets of it. A command blocks."""
-    if isinstance(source, str):
-        return source
-    ((kind, where),) = source.items()
+    secret = source if isinstance(source, str) else _read_source(*next(iter(source.items())), base, multiline)
+    if not (multiline or secret.isprintable()):  # in an HTTP header or a command it would break the line
+        raise ValueError(": has a line end, or another unprintable character")
+    return secret
+
+
+def _read_source(kind: str, where: Any, base: str, multiline: bool) -> str:
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else base
     if kind == "credential" and ("/" in where or not folder):
         raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
@@ -694,15 +701,12 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
             octets = os.fsencode(os.environ[where])
         else:
             octets = read_regular(os.path.join(folder, where), 0o006)
-        secret = octets.decode().rstrip("\r\n")
+        return octets.decode().rstrip("\r\n")
     except KeyError:
         raise ValueError(f".env: no environment variable {where}") from None
     except (OSError, UnicodeDecodeError) as error:
         name = where[0] if kind == "command" else where
         raise ValueError(f".{kind}: {name}: {getattr(error, 'strerror', 'not UTF-8')}") from None
-    if not (multiline or secret.isprintable()):
-        raise ValueError(": has a line end, or another unprintable character")
-    return secret
 
 
 def run_secret_command(command: tuple, base: str) -> bytes:
@@ -729,7 +733,7 @@ class Authenticator:
         self.logins = logins
         self.keys = {login.hash: name for name, login in logins.items() if login.hash.startswith(KEY_HASH)}
         self.cost = max([NEW_COST, *[scrypt_cost(login.hash) for login in logins.values()]])  # of every verification
-        self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
+        self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are not verified again
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(2)  # scrypt takes 16 MiB and a core each
 
@@ -753,8 +757,8 @@ class Authenticator:
             if rest := self.cost - scrypt_cost(line):  # or the time would reveal which users exist
                 scrypt(password, b"", parallel=rest)
         if right:
-            self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-            self.verified[digest] = now + 600
+            current = {key: expires for key, expires in self.verified.items() if expires > now}
+            self.verified = {**current, digest: now + 600}  # a new one: another thread may iterate over the old one
         return user if right else ""
 
 
@@ -883,7 +887,7 @@ class Smtpd:
 
     @property
     def staging(self) -> str:
-        """Tell people what staging does to all mail; "" if it is off."""
+        """Return a note for people on what staging does to all mail; "" if it is off."""
         notes = [f"all mail goes to {', '.join(self.redirect)} (smtpd.redirect)"] if self.redirect else []
         notes += [f'subjects begin with "{self.subject_prefix}"'] if self.subject_prefix else []
         return f"STAGING: {'; '.join(notes)}" if notes else ""
@@ -954,7 +958,7 @@ class Login:
     trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
 
     def fault(self, client: IPAddress, now: float) -> str:
-        """Say why a right password is of no use here and now, "" if it is."""
+        """Return why this login must be refused although the password is right, or ""."""
         if self.networks is not None and client not in self.networks:
             return f"{client} is not in its networks"
         return f"expired at {self.expires}" if self.expires and iso_time(self.expires) <= now else ""
@@ -1057,7 +1061,8 @@ def load_settings(path: str | None) -> tuple:
             files[file] = stat_key(file)
             raw[section] = read_json_file(file, f"{section}: {file}", errors)
     settings = from_dict(Settings, raw, "", errors)
-    causes = tuple(error.partition(": ")[0] + mark for error in errors for mark in ".:[")  # what else is there follows
+    # A faulty value was left out, so that resolve_settings() may find faults at the same place: those are dropped.
+    causes = tuple(error.partition(": ")[0] + mark for error in errors for mark in ".:[")
     for json_path, source, how in resolve_secrets(settings, "", base, errors):
         if isinstance(source, str):
             exposed.add(aside.get(json_path.partition(".")[0], path))
@@ -1155,7 +1160,7 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
-    """Return the login with what tokens are fetched with; scope as in the settings."""
+    """Return the login with its provider's values filled in, except for the scope, which depends on the relay."""
     if not (oauth2 := login.oauth2):
         return login
     provider, account = "google" if oauth2.service_account else oauth2.provider, oauth2.service_account
@@ -1167,8 +1172,11 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> Crede
         needs["oauth2.client_secret"] = oauth2.client_secret or oauth2.refresh_token
     errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
     try:
-        document = parse_json(account.encode()) if account and isinstance(account, str) else None
-        document and (document["client_email"], PrivateKey(document["private_key"].encode()))
+        if account and isinstance(account, str):
+            document = parse_json(account.encode())
+            PrivateKey(document["private_key"].encode())
+            if not document["client_email"]:
+                raise ValueError("no client_email")
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         errors.append(f"{json_path}.oauth2.service_account: expected the JSON file of a Google service account")
     return replace(login, oauth2=replace(oauth2, base=base, provider=provider, token_url=url))
@@ -1202,14 +1210,15 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
-        client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
+        if ca_file:
+            client_context(route.tls_verify, ca_file, stat_key(ca_file))
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     oauth2 = login.oauth2 if not row.api_url or "oauth2" in row.login else None
     oauth2 = oauth2 or (OAuth2(access_token=login.token) if login.token and not row.api_url else None)
     if oauth2 and not oauth2.scope:
-        scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
-        oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
+        of_application, of_user = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
+        oauth2 = replace(oauth2, scope=of_user if oauth2.refresh_token else of_application)
     site = split_base_url(route.url) if row.api_url else route
     credentials = (login.username, login.password) if has_login else ()
     values = {"host": site.host, "port": site.port, "credentials": credentials, "token": login.token}
@@ -1278,13 +1287,13 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
 
 
 def redacted(value: Any, secret: str = "") -> Any:
-    """Return settings as JSON values, each secret as ********."""
+    """Return settings as JSON values, each secret as ********; so is a login that has nothing but its hash."""
     if (secret and value) or (isinstance(value, Login) and value == Login(value.hash)):
         return "********"
     if isinstance(value, Route) and value.fallbacks:
         return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if hasattr(value, "__dataclass_fields__"):
-        known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
+        known = {(item.metadata["keys"] or (item.name,))[0]: item for item in fields(value) if "parse" in item.metadata}
         return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
     value = getattr(value, "logins", getattr(value, "texts", value))  # of an Authenticator, of Networks
     if isinstance(value, dict):
@@ -1913,7 +1922,7 @@ def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
 
 def parse_file_name(value: Any, json_path: str, errors: list) -> str:
     value = parse_unicode_text(value, json_path, errors).strip()
-    if re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", value):  # one can make fdp.exe look like exe.pdf
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", value):  # bidi ones make fdp.exe look like exe.pdf
         errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
         errors.append(f'{json_path}: expected a name without a path, got "{sanitize(value, 80)}"')
@@ -2072,7 +2081,7 @@ def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0) -> 
     elif part.media_type.startswith("multipart/") and (boundary := part.parameter("boundary").encode()):
         delimiter, start = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)"), 0
         for found in delimiter.finditer(octets, part.body - 1, part.end):
-            end = found.start() - octets.endswith(b"\r", start, found.start())
+            end = found.start() - (1 if octets.endswith(b"\r", start, found.start()) else 0)  # CR LF before a delimiter
             inner += [(start, max(start, end))] if start else []
             start = min(found.end() + 1, part.end)
             if found[1]:
@@ -2091,7 +2100,8 @@ def read_header(octets: bytes, start: int, end: int) -> tuple:
     while len(header) < MAX_FIELDS + 100 and (found := RAW_FIELD.match(octets, at, end)):  # 100: compose() adds some
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
-    return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
+    empty_line = 2 if octets.startswith(b"\r\n", at, end) else 1 if octets.startswith(b"\n", at, end) else 0
+    return header, at + empty_line
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
@@ -2233,13 +2243,14 @@ def is_expensive(work: Any) -> bool:
     if not isinstance(work, Submission):  # of a provider's client, perhaps one of many
         return True
     header, raw = work.header, work.raw or ParsedMessage([], b"")
-    cost = (0.01 if raw.body.isascii() else 0.3) * len(raw.body)  # microseconds, from above
+    cost = (0.01 if raw.body.isascii() else 0.3) * len(raw.body)  # microseconds, estimated high
     cost += 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
     cost += (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)
     cost += (0.1 if work.body else 0.5) * len(work.html)
     cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
     cost += 0.6 * len(header.subject) + sum(5 + 0.6 * len(value) for _, value in header.extra_fields)
-    return cost + 15 * len(header.to + header.cc) > 5000
+    mailboxes = header.from_ + header.replyto + header.to + header.cc
+    return cost + sum(15 + 0.6 * len(name) for name, _ in mailboxes) > 5000
 
 
 def decode_jis_strings(table: Any, json_path: str = "") -> None:
@@ -2293,7 +2304,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 #    check_login() sets request.login and rates are counted; otherwise checks have no side effects.
 # ======================================================================================================================
 
-WRONG_LOGINS = Rate("10/60")
+WRONG_LOGINS = Rate("10/60")  # of one address, which is then blocked
 SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
 MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
@@ -2313,7 +2324,7 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
             request.settings = replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
         return None
     request.login_fault = f"{name}: {fault}" if fault else "no such name, password or key"
-    source = int(request.client) >> (64 if request.client.version == 6 else 0)
+    source = int(request.client) >> (64 if request.client.version == 6 else 0)  # a client may have all of a /64
     state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
     if state and state.wait:
         return rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
@@ -2374,7 +2385,7 @@ def proxied_client_error(request: Request, settings: Settings) -> str:
 
 
 def check_envelope(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    """Refuse a submission that asks for what it may not, that went in a loop, or whose EHLO or MAIL is no command."""
+    """Refuse a submission that asks for what it may not, a mail in a loop, and a malformed EHLO name or sender."""
     names, ehlo, sender = submission.header.loop, submission.ehlo, submission.mail
     if (submission.send_at or 0) > request.now + MAX_SEND_AHEAD:
         return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
@@ -2634,11 +2645,11 @@ class HTMLTextExtractor(HTMLParser):
             self.link, self.link_start = dict(attrs).get("href") or "", len(self.out)
         elif tag == "img":
             self.handle_data(dict(attrs).get("alt") or "")
-        self.pre_depth += tag == "pre"
+        self.pre_depth += 1 if tag == "pre" else 0
 
     def handle_endtag(self, tag: str) -> None:
         self.out.append(BLOCK_MARKS.get(tag, ""))
-        self.pre_depth -= tag == "pre" and self.pre_depth > 0
+        self.pre_depth -= 1 if tag == "pre" and self.pre_depth else 0
         if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
             text = "".join(self.out[self.link_start :]).strip()
             if text and self.link not in (text, f"mailto:{text}"):
@@ -2695,7 +2706,7 @@ def fold(line: str, tokens: Any) -> str:
 
 def encoded_words(value: str, charset: str, used: int) -> list:
     """Return encoded words (RFC 2047) of whole characters, for lines of 76 columns; `used` of the first are taken."""
-    words, room, start = [], 76 - used, 0
+    words, room, start = [], max(76 - used, 1), 0
     value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
     while start < len(value) or not words:
         size, limit = min(len(value) - start, room), (room - len(charset) - 7) // 4 * 3  # characters, octets
@@ -2970,8 +2981,8 @@ class SharedLimits:
         return 0
 
     def close_session(self, octet: int) -> None:
-        self.sessions.discard(octet)
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
+        self.sessions.discard(octet)  # last: until then no other thread of this process locks it again
 
 
 class AsyncSocket:
@@ -3071,7 +3082,7 @@ class AsyncSocket:
             self._watch(writing, on=False)
 
     def _set_timer(self) -> None:
-        """End a wait whose deadline has passed; call again at that of one which has not."""
+        """End the wait if its deadline has passed; set the timer to the deadline of a wait that goes on."""
         if self.deadline <= time.monotonic():
             self.abort(socket.timeout("timed out"))
         if self.timer:
@@ -3248,9 +3259,9 @@ def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.sock
 def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSAnswer:
     """Parse the response to that query; ValueError if it answers another one or is none."""
     try:
-        found, flags, questions, answers = struct.unpack_from(">4H", octets)
+        ident, flags, questions, answers = struct.unpack_from(">4H", octets)
         qname, at = read_name(octets, 12)
-        question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
+        question = (ident, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
         if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
         if flags & 0x0200 or answers > 512:
@@ -3338,7 +3349,7 @@ async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadli
 
 
 def is_public(text: str) -> bool:
-    """Return whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
+    """Return whether an address is globally reachable; an IPv4 address embedded in it is judged in its place."""
     address = ipaddress.ip_address(text)
     address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
     if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
@@ -3347,7 +3358,7 @@ def is_public(text: str) -> bool:
 
 
 class Connector:
-    """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
+    """Opener of TCP connections, in the caller's thread, that remembers which addresses did not answer."""
 
     DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
     FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
@@ -3694,7 +3705,7 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 
 
 async def sign_transaction(transaction: Transaction) -> Transaction:
-    """Return a transaction with its message signed, unless its route, its domain or a signature that it has forbid."""
+    """Return a transaction with its message signed, if its route permits that, there is a key and none has signed."""
     route = transaction.route
     if not (transaction.dkim and route.dkim and route.row.keeps_octets):
         return transaction
@@ -3710,7 +3721,7 @@ async def sign_transaction(transaction: Transaction) -> Transaction:
 def signed_message(transaction: Transaction, now: int) -> Message:
     """Return the message signed for the domain of From or the nearest one above it, unless that has signed already."""
     octets, message = transaction.octets(), transaction.message
-    header = parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields
+    header, _ = read_header(octets, 0, octets.index(b"\r\n\r\n") + 2)  # parse_message() would apply clients' limits
     try:
         authors = parse_mailboxes(next((unfold(value) for name, value in header if name == "from"), ""))
     except ValueError:
@@ -3750,12 +3761,12 @@ def dkim_signature(octets: bytes, key: DkimKey, now: int) -> bytes:
     algorithm = "ed25519" if key.private.is_ed25519 else "rsa"
     tags = ["v=1;", f"a={algorithm}-sha256;", "c=relaxed/relaxed;", f"d={key.domain};", f"s={key.selector};"]
     tags += [f"t={now};", *f"h={': '.join(listed)};".split(" "), f"bh={digest};", "b="]
-    field_ = fold("DKIM-Signature:", tags)
+    unsigned = fold("DKIM-Signature:", tags)  # the field as it is signed, with an empty "b="
     signed = [by_name[name].pop() for name in listed if by_name.get(name)]  # the last first, RFC 6376 5.4.2
-    data = b"\r\n".join([*signed, _relaxed_field(field_.encode())])
+    data = b"\r\n".join([*signed, _relaxed_field(unsigned.encode())])
     data = hashlib.sha256(data).digest() if key.private.is_ed25519 else data  # RFC 8463 3
     signature = base64.b64encode(key.private.sign(data)).decode()
-    return "\r\n ".join([field_, *re.findall(".{1,76}", signature)]).encode() + b"\r\n"
+    return "\r\n ".join([unsigned, *re.findall(".{1,76}", signature)]).encode() + b"\r\n"
 
 
 DKIM_OVERSIGNED = ("from", "to", "cc", "subject", "date", "message-id", "reply-to", "mime-version", "content-type")
@@ -3914,18 +3925,19 @@ def token_form(oauth2: OAuth2, username: str, refresh_token: str, now: int) -> d
 
 def save_refresh_token(oauth2: OAuth2, text: str) -> str:
     """Write the token to its {"file"}, complete or not at all, for its owner only; return what else must be done."""
-    import tempfile
-
     if not (isinstance(oauth2.refresh_token, dict) and "file" in oauth2.refresh_token):
-        return "put the new one into the settings, ours may end"
-    path = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"]))
+        return "put the new one into the settings; the old one may stop working"
+    path, aside = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"])), ""
     try:
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as stream:
+            aside = stream.name
             stream.write(text.encode("utf-8", "replace") + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(stream.name, path)
+        os.replace(aside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
         return f"{path} can't be written ({error.strerror}), so the new one is lost when this process ends"
     return ""
 
@@ -4007,13 +4019,14 @@ class Session(smtplib.SMTP):
         except OSError as error:
             self.close()
             raise Rejected(self._broken(error)) from None
-        except Rejected:
+        except Exception:  # Rejected, or a bug: either way the route gets its session back
             self.quit()
             raise
         self.sock.setblocking(False)
         self.alive = not self.recv_buffer
 
     def steps(self) -> tuple:
+        """Return the steps from nothing to a session that takes mail, in order; each blocks."""
         return self._greet, self._hello, self._starttls, self._log_in
 
     def _greet(self) -> None:
@@ -4071,10 +4084,10 @@ class Session(smtplib.SMTP):
         inline = bool(initial) and len(line + initial) <= MAX_COMMAND
         self.masked = f"AUTH {mechanism} ******** as {route.credentials[0]}"
         try:
-            self.send(line + initial * inline + b"\r\n")
+            self.send(line + (initial if inline else b"") + b"\r\n")
             self.masked = "********"
             code, text = self.getreply()
-            for turn in range(inline, MAX_CHALLENGES):
+            for turn in range(1 if inline else 0, MAX_CHALLENGES):
                 if code != 334:
                     break
                 if route.oauth2 and turn:
@@ -4395,10 +4408,10 @@ class SessionPool:
         return future
 
     def hand_over(self, session: Session | None) -> bool:
-        """Give it to the mail that has waited longest, if any; one that was cancelled waits no more."""
+        """Give the session, or None (the right to open one), to the longest waiter; return whether there was one."""
         while self.waiters:
             future = self.waiters.popleft().future
-            if not future.done():
+            if not future.done():  # else its task was cancelled
                 future.set_result(session)
                 return True
         return False
@@ -4567,7 +4580,7 @@ class TransportContext:
 # ======================================================================================================================
 
 ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
-MAX_REPLACEMENTS = 8  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
+MAX_REPLACEMENTS = 8  # of one mail's session: the next one may have reached the server's limit of mails as well
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
 SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
@@ -4762,7 +4775,7 @@ def save_message(transaction: Transaction) -> Reply:
     return make_reply("done", word=path, mailer="File")
 
 
-def print_message(transaction: Transaction) -> Reply:
+def print_on_screen(transaction: Transaction) -> Reply:
     """Print the message, with controls escaped, and marked so that no line of it can pass for one of the log."""
     people = f"from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
@@ -4781,14 +4794,14 @@ async def relay_http(transaction: Transaction, transport: TransportContext) -> l
     """Deliver by the API in the route's row. An access token that is refused is replaced once."""
     row = transaction.route.row
     for again in (True, False):
-        login = await transport.tokens.authorize(transaction.route)
+        route = await transport.tokens.authorize(transaction.route)
         try:
-            call = await asyncio.to_thread(row.request, transaction._replace(route=login))
+            call = await asyncio.to_thread(row.request, transaction._replace(route=route))
         except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
-            raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
-        response = await transport.http.request(HTTPTarget.of_route(login), call)
-        token = login.credentials[1] if login.oauth2 else ""
-        if not (again and token and response.status == 401 and transport.tokens.drop(login)):
+            raise Rejected(make_reply("inexpressible", sanitize(str(error)), **route.endpoint)) from None
+        response = await transport.http.request(HTTPTarget.of_route(route), call)
+        token = route.credentials[1] if route.oauth2 else ""
+        if not (again and token and response.status == 401 and transport.tokens.drop(route)):
             break
     if token:
         response = response._replace(body=response.body.replace(token.encode(), b"********"))
@@ -4973,8 +4986,9 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
-    added = [("x-amz-date", moment)] + [("x-amz-security-token", route.token)] * bool(route.token)
-    signed = [("content-type", call.type)] * (call.method == "POST") + [("host", site.host_header), *added]
+    added = [("x-amz-date", moment), *([("x-amz-security-token", route.token)] if route.token else [])]
+    content_type = [("content-type", call.type)] if call.method == "POST" else []
+    signed = [*content_type, ("host", site.host_header), *added]
     names = ";".join(name for name, _ in signed)
     lines = [call.method, site.path + call.path, "", *(f"{name}:{value}" for name, value in signed), "", names]
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
@@ -5160,7 +5174,7 @@ def probe_session(route: Route, hostname: str) -> list:
             if isinstance(session.sock, ssl.SSLSocket):
                 done["TLS"] = describe_certificate(session.sock)
             elif session.step in ("STARTTLS", "AUTH"):
-                done["TLS"] = "none" + ", though it is offered" * session.has_extn("starttls")
+                done["TLS"] = "none, though it is offered" if session.has_extn("starttls") else "none"
         if route.auth:
             done["AUTH"] = f"logged in as {route.credentials[0]}"
     except (OSError, Rejected) as error:
@@ -5278,7 +5292,7 @@ RELAYS.update(
         account=lambda document: f"the token is good for {document['emailAddress']}"),
     File=Relay(functools.partial(relay_local, save_message), probe_local,
         destination="File {route.folder}", into_folder=True),
-    Screen=Relay(functools.partial(relay_local, print_message), probe_local, destination="Screen"),
+    Screen=Relay(functools.partial(relay_local, print_on_screen), probe_local, destination="Screen"),
     Discard=Relay(relay_discard, probe_local, destination="Discard"),
 )  # fmt: skip
 
@@ -5290,7 +5304,6 @@ RELAYS.update(
 
 MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
 SCHEMA_VERSION = 2  # PRAGMA user_version of the file
-OTHER_VERSION = "is of version"
 RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
 MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
 MAX_REPLY_LINES = 10  # lines kept of a reply
@@ -5510,6 +5523,7 @@ class QueueDB:
         self.slot = 1 + int.from_bytes(os.urandom(4), "big")  # owner of this process's leases; no other has the number
         self.locks = 0  # the lock file
         self.fault = ""  # why the file can't be used
+        self.is_other_version = False  # that is why: another Haineko wrote it
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -5639,9 +5653,10 @@ class QueueDB:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if not version:
             db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version={SCHEMA_VERSION}; COMMIT")
-        elif version != SCHEMA_VERSION:
+        self.is_other_version = version not in (0, SCHEMA_VERSION)
+        if self.is_other_version:
             way_out = "let the Haineko that wrote it deliver what waits, then delete it"
-            raise OSError(f"{OTHER_VERSION} {version}, this Haineko's is {SCHEMA_VERSION}: {way_out}")
+            raise OSError(f"is of version {version}, this Haineko's is {SCHEMA_VERSION}: {way_out}")
         self.file_ids = list(map(file_id, paths))
         return db
 
@@ -5671,7 +5686,7 @@ SCHEMA = """
     CREATE TABLE messages (
         id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,  -- mail, or event for the webhook
         sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
-        open_recipients INTEGER NOT NULL, completed_at REAL,  -- neither delivered nor given up; when none was left
+        open_recipients INTEGER NOT NULL, completed_at REAL,  -- recipients whose result is not final; since when none
         owner INTEGER,                     -- slot of the process that has yet to answer its client
         key BLOB UNIQUE, body_digest BLOB, response TEXT,  -- with Idempotency-Key; JSON of status, headers, body
         size INTEGER NOT NULL, parts TEXT NOT NULL,  -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), length of each part, DSN
@@ -5681,7 +5696,8 @@ SCHEMA = """
     CREATE TABLE recipients (
         id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
         as_written TEXT NOT NULL, recipient TEXT NOT NULL, number INTEGER NOT NULL, destination TEXT NOT NULL,
-        state TEXT NOT NULL, created_at REAL NOT NULL,  -- open, delivered, failed, dropped or held; or its send_at
+        state TEXT NOT NULL,               -- open, delivered, failed, dropped or held
+        created_at REAL NOT NULL,          -- or send_at, from which the lifetime counts
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL, history TEXT NOT NULL,  -- JSON, see add_attempt()
@@ -5985,7 +6001,8 @@ class QueueManager:
             destination = before
         else:
             redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
-            to = parse_address(redirect[0] if redirect and recipient not in redirect else recipient)  # mail from before
+            # Mail that was queued before smtpd.redirect was set is redirected, too.
+            to = parse_address(redirect[0] if redirect and recipient not in redirect else recipient)
             sandbox = before == destination_key(SANDBOX_ROUTE, "")
             route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
             envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
@@ -6203,7 +6220,7 @@ def apply_staging(submission: Submission, accepted: list, smtpd: Smtpd) -> Submi
     header, raw, prefix = submission.header, submission.raw, smtpd.subject_prefix.rstrip()
     more = [("X-Haineko-Recipients", ", ".join([to.addr_spec for to in accepted]))] if smtpd.redirect else []
     if raw:
-        head = text_field("", prefix, "UTF-8").encode() if prefix else b":"
+        head = text_field("", prefix, "UTF-8").encode() if prefix else b":"  # ": prefix" in place of the colon
         found = [(name, octets.replace(b":", head, 1) if name == "subject" else octets) for name, octets in raw.fields]
         found += [(name.lower(), text_field(name, text, "UTF-8").encode() + b"\n") for name, text in more]
         return replace(submission, raw=raw._replace(fields=found))
@@ -6370,8 +6387,8 @@ def http_status(replies: Any) -> int:
         return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
-    not_ascii = REPLIES["rcpt-ascii"][4]  # the address is wrong, even if it took the next server to tell
-    statuses = {400 if reply.dsn == "5.6.7" and reply.message[0] == not_ascii else reply.status for reply in replies}
+    # 5.6.7 of our own: the address is at fault, even if it took the next server's EHLO to tell.
+    statuses = {400 if reply.dsn == "5.6.7" and not reply.from_server else reply.status for reply in replies}
     if len(statuses) == 1 and statuses != {0}:
         return statuses.pop()
     return 503 if any(reply.temporary for reply in replies) else 502
@@ -6486,9 +6503,9 @@ async def answer_provider(request: Request, app: App) -> Response:
         if octets > MAX_CALL:  # SendGrid's mails share their attachments
             raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
         prepared.append(mail)
-    ready, queued = [mail for mail in prepared if mail.transactions], dry_run or app.queue
+    ready, sends_later = [mail for mail in prepared if mail.transactions], dry_run or app.queue  # or never
     failed = next((mail.error for mail in prepared if mail.error), None)
-    if not queued and (permissive or not failed):
+    if not sends_later and (permissive or not failed):
         results = iter(await deliver([one for mail in ready for one in mail.transactions], app.transport, settings))
         for mail in ready:
             replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
@@ -6497,7 +6514,7 @@ async def answer_provider(request: Request, app: App) -> Response:
         failed = prepared[0].error if all(mail.error for mail in prepared) else None
     if failed and not permissive:
         return provider_error(failed, request)
-    for mail in ready if queued else ():
+    for mail in ready if sends_later else ():
         mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
@@ -6739,17 +6756,17 @@ PROVIDER_ENDPOINTS = {
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-HEADER_LINE = re.compile(rf"({_TOKEN}+):([^\r\n\0]*)")
+_TCHAR = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"  # RFC 9110 5.6.2
+REQUEST_LINE = re.compile(rf"({_TCHAR}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+HEADER_LINE = re.compile(rf"({_TCHAR}+):([^\r\n\0]*)")
 BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
-FORWARDING_HEADERS = {
-    *["via", "forwarded", "x-real-ip", "x-client-ip", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"]
-}
+FORWARDING_HEADERS = frozenset(
+    ("via", "forwarded", "x-real-ip", "x-client-ip", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
+)
 SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
@@ -6772,8 +6789,8 @@ MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
-MAX_VICTIMS = 64  # connections, waiting for longest, that are compared to find the one to be closed for a new one
-MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
+MAX_VICTIMS = 64  # connections compared to find one to close for a new one: those that wait for their client longest
+MAX_LINGERING_503 = 64  # connections over the limit that are answered and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
 http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
@@ -6799,8 +6816,8 @@ def parse_head(octets: bytes) -> Request:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     connection, is_http10 = headers.get("connection", "").lower(), minor == "0"
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
-    values = method, target.partition("?")[0], headers, b"", None, None, None, time.time()
-    return Request(*values, is_http10=is_http10, keep_alive=keep_alive)
+    path, unknown = target.partition("?")[0], {"client": None, "peer": None, "port": None}  # Connection sets them
+    return Request(method, path, headers, b"", now=time.time(), is_http10=is_http10, keep_alive=keep_alive, **unknown)
 
 
 def body_length(request: Request) -> int:
@@ -7151,8 +7168,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Rejected(make_reply("content-encoding", "send the document as it is"))
         request.body = await self._read_body(request, self.unread)
         self.unread = 0
-        response = endpoint.handler(request, self.app)
-        return response if isinstance(response, Response) else await response
+        try:
+            response = endpoint.handler(request, self.app)
+            return response if isinstance(response, Response) else await response
+        except OSError as error:  # not this connection's, which would be closed without an answer
+            raise RuntimeError("an endpoint failed") from error
 
     def _endpoint(self, request: Request) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
@@ -7297,9 +7317,9 @@ class Worker:
         self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop, is_of_queue = EventLoop(), slot == len(self.busy_counts)
         self.queue_manager = QueueManager(self.app, supervisor.wakeup_pair[0]) if is_of_queue else None
-        self.connections: OrderedDict = OrderedDict()  # as keys; that whose client's turn began first is the first
+        self.connections: OrderedDict = OrderedDict()  # keys alone; first the one whose client's turn began first
         self.per_address: Counter = Counter()  # of the connections
-        self.lingering_503s = 0  # of them, now
+        self.lingering_503s = 0  # connections over the limit that are being answered
 
     async def serve(self) -> None:
         """Serve until a signal to stop comes and all requests in flight are answered."""
@@ -7314,7 +7334,7 @@ class Worker:
             sock.setblocking(False)
         listeners = list(map(AsyncSocket, self.listeners))
         work = [self.queue_manager.run()] if self.queue_manager else map(self._accept, listeners)
-        for coroutine in (*work, self._housekeeping()):  # it can't do without any: if one fails, another worker begins
+        for coroutine in (*work, self._housekeeping()):  # if one of them ends, the worker does, and is replaced
             self.loop.create_task(coroutine).add_done_callback(lambda _: self.stopped.set())
         await self.stopped.wait()
         self.app.stopping = True
@@ -7430,8 +7450,9 @@ class Supervisor:
         self.stopping, self.respawn_not_before = False, 0.0  # no worker is started before this time
         self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
         is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog = int(is_ours and os.environ.pop("WATCHDOG_USEC", "0")) / 2e6  # seconds between messages to it
-        self.looked = self.petted = 0.0  # time.monotonic() of the last look at the workers, and of the last message
+        microseconds = os.environ.pop("WATCHDOG_USEC", "0") if is_ours else "0"
+        self.watchdog = int(microseconds) / 2e6  # seconds between messages to it, half of what it waits; 0: none
+        self.checked_at = self.notified_at = 0.0  # time.monotonic() of the last look at the workers and message to it
 
     def run(self, ready: Callable) -> int:
         """Run until SIGTERM or SIGINT; return the exit code."""
@@ -7471,14 +7492,14 @@ class Supervisor:
     def _check_heartbeats(self, now: float) -> None:
         """Kill the workers that hang; while none does, say so to systemd's watchdog."""
         beats = {pid: max(began, metrics.rows[slot][0] / 1e9) for pid, (began, slot) in self.workers.items()}
-        was_late = now - self.looked > HANG_TIMEOUT / 2  # this process, or the machine, did not run either
+        was_late = now - self.checked_at > HANG_TIMEOUT / 2  # this process, or the machine, did not run either
         hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT and not was_late]
-        self.looked = now
+        self.checked_at = now
         for pid in hanging:
             log.lines(f"worker {pid} hangs; killing it", level="error")
         self._signal(hanging, signal.SIGKILL)
-        if self.watchdog and not hanging and now - self.petted > self.watchdog * 0.9:
-            self.petted = now
+        if self.watchdog and not hanging and now - self.notified_at > self.watchdog * 0.9:
+            self.notified_at = now
             self._notify("WATCHDOG=1")
 
     def _replace(self) -> None:
@@ -7725,7 +7746,7 @@ def prepare_server(options: Any) -> tuple:
         database = QueueDB(settings.queue)
         database.commit([])
         database.close(for_good=True)
-        if OTHER_VERSION in database.fault:
+        if database.is_other_version:
             raise CommandError(f"the queue can't be used: {database.fault}", 2)
     address = "a socket of $LISTEN_FDS"
     try:
@@ -7773,8 +7794,11 @@ def command_start(options: Any) -> int:
         return 0
     os.setsid()
     os.chdir("/")
-    for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+    null = os.open(os.devnull, os.O_RDONLY)
+    for number, target in ((0, null), (1, output), (2, output)):
         os.dup2(target, number)
+    os.close(null)
+    os.close(output)  # or a log that was rotated and deleted would go on taking space on the disk
     log.path = log_file
     code = Supervisor(settings, listeners).run(
         lambda: os.write(pid_fd, f"{os.getpid()}\n{announce(settings, listeners)}\n".encode())
@@ -7857,7 +7881,8 @@ def command_check(options: Any) -> int:
     staging, printed = settings.smtpd.staging and f"{settings.smtpd.staging}; ", "" if path else "; printed"
     to = settings.recipients
     names = [*sorted(f"@{domain}" for domain in to.domainpart), *sorted(to.recipients)]
-    permitted = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)} only" if names else "nobody"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    permitted = f"{', '.join(names[:8])}{more} only" if names else "nobody"
     permitted = "everybody" if to.open_relay else f"{permitted} (setting recipients)"
     where = f"{staging}mail goes to {describe_route(route)} ({why}){printed}; may be written to: {permitted}"
     root = "" if os.geteuid() else "; warning: the server needs no root"
@@ -7986,7 +8011,7 @@ async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys
     ):
         if is_fault:
             raise ValueError(f"{name}: {words}")
-    under_test = "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
+    under_test = "; t=y: under test, so a failure counts as no signature" if "y" in tags.get("t", "") else ""
     return f"{name}: {'ed25519' if is_ed25519 else f'RSA, {bits} bits'}{under_test}"
 
 
@@ -8098,7 +8123,8 @@ def command_send(options: Any) -> int:
         "html": read_bytes(options.html).decode("utf-8", "replace") if options.html else None,
         "attachments": [{"filename": os.path.basename(path), "content": octets} for path, octets in attached],
     }
-    body, credentials = encode_json(mail) if mail else read_bytes(options.file or "-"), ()
+    body = encode_json(mail) if mail else read_bytes(options.file or "-")
+    credentials: tuple = ()
     if options.user:
         remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
         if remote and not options.insecure:
@@ -8117,13 +8143,13 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
         raise CommandError(f'"{url}" is no URL of a Haineko', 2)
     connection = KeepAliveConnection(HTTPTarget(base, 300, max_response=MAX_BODY))
     try:
-        if url.startswith("unix:"):
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.connect(url[5:])
         with contextlib.closing(connection):
+            if url.startswith("unix:"):
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.connect(url[5:])
             response = run(connection.fetch(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials))))
     except (Rejected, OSError) as error:
-        reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error.strerror
+        reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error_text(error)
         raise CommandError(f"{url}: {reason}", 1) from None
     document, keys = response.document(), {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # of JSON in another form
@@ -8171,7 +8197,7 @@ def command_queue(options: Any) -> int:
         count, done = run_operation(store, drop_message, queueid, time.time()), "dropped"
     else:
         count, done = run_operation(store, flush_queue, queueid), "to be tried at once"
-    print(f"{count} recipient{'s' * (count != 1)} {done}")
+    print(f"{count} recipient{'' if count == 1 else 's'} {done}")
     return int(not count and wanted)
 
 
@@ -8180,6 +8206,8 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
         raise CommandError(store.fault or result.reply.message[0], 1)
+    if isinstance(result, Exception):  # a bug
+        raise result
     return result
 
 
@@ -8196,7 +8224,7 @@ def queue_list(store: QueueDB, as_json: bool = False) -> int:
                 values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
                 values.update(arrived=time_to_dict(created_at), next=time_to_dict(due), attempts=len(attempts))
                 values["response"] = reply and reply_to_dict(row["recipient"], reply)
-                print("," * bool(count) + json.dumps(values, ensure_ascii=False))
+                print(("," if count else "") + json.dumps(values, ensure_ascii=False))
             else:
                 when = row["state"] if due is None else timestamp(max(due, created_at))
                 head = f"{row['queueid']}  {row['size']:>9}  {timestamp(created_at)}  next {when:24}"
@@ -8204,7 +8232,7 @@ def queue_list(store: QueueDB, as_json: bool = False) -> int:
                 print(f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}")
             count += 1
         last = rows[-1]["id"]
-    print("]" if as_json else f"{count} recipient{'s' * (count != 1)}")
+    print("]" if as_json else f"{count} recipient{'' if count == 1 else 's'}")
     return 0
 
 
@@ -8470,7 +8498,7 @@ def report_failures(status: int, items: list) -> int:
     codes, by_status = set(), {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
     for item in [item for item in items if item["error"]]:
         to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
-        print_message(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+        print_message(sanitize(f"{to}{item['code']} {item['command']}: {' '.join(item['message'])}", 1000), 0)
         if item["dsn"] == "5.4.6":  # a loop
             codes.add(os.EX_UNAVAILABLE)
         elif item["mailer"]:
@@ -8501,15 +8529,15 @@ def envelope_sender(given: str | None, hostname: str) -> str:
 
 
 def named_recipients(addresses: list, fields: list, settings: Settings) -> list:
-    """Return the recipients in words and in header fields (the last Resent- ones, if there are), aliases expanded."""
+    """Return the recipients in arguments and in header fields (the last Resent- ones, if any), aliases expanded."""
     named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
-    here, again, found = f"@{settings.hostname.lower()}", {}, []
+    here, resent_fields, found = f"@{settings.hostname.lower()}", {}, []
     for name, octets in fields:
-        if name in again:  # of an earlier sending
+        if name in resent_fields:  # of an earlier sending
             break
         if name.startswith("resent-"):
-            again[name] = octets
-    resent = header_recipients([(name[7:], octets) for name, octets in again.items()])
+            resent_fields[name] = octets
+    resent = header_recipients([(name.removeprefix("resent-"), octets) for name, octets in resent_fields.items()])
     for address in [*named, *(resent or header_recipients(fields))]:
         name = address[: -len(here)] if address.lower().endswith(here) else ""
         found += settings.smtpd.aliases.get(name.lower(), (address,))
@@ -8524,7 +8552,7 @@ def split_addresses(text: str, hostname: str) -> list:
 
 
 def qualified(text: str, hostname: str) -> str:
-    """Return an address list, or a field with one, in which names alone have got the domain (RFC 5322 3.4.1)."""
+    """Return an address list, or a field with one, with "@hostname" appended to names that have no domain."""
     tokens = [(found.lastgroup, found[0]) for found in ADDRESS_TOKEN.finditer(text) if found[0]]
     if "fault" in dict(tokens):  # no list
         return text

@@ -2042,7 +2042,7 @@ class Secrets(Folder):
             (self.shell("true"), ".command: sh: printed nothing"), (self.shell("sleep 60; echo late"), late),
             ({"file": "latin"}, ".file: latin: not UTF-8"),
             (self.shell("yes geheim"), late), (self.shell("printf 'geheim\\377'"), ".command: sh: not UTF-8"),
-            (self.shell("printf 'geheim\\001'"), unprintable),
+            (self.shell("printf 'geheim\\001'"), unprintable), ("geheim\n", unprintable), ("geheim\n", unprintable),
         ]  # fmt: skip
         with patched(haineko, SECRET_TIMEOUT=0.3):
             for source, fault in cases:
@@ -2523,6 +2523,7 @@ class Submissions(Quiet):
             (False, False, document(body="a mail of lines\n" * 4000)), (False, False, document(body="猫" * 9000)),
             (False, True, document(body=None, html="<b>x</b>" * 2000)),
             (False, True, document(header={"subject": "猫" * 20000})),
+            (False, True, document(header={"from": "猫" * 20000 + " <a@example.org>"})),
             (True, True, document(header={"to": ["猫 <a@b.jp>"] * 1500})),
             (True, True, document(header={"x-a": ["é@" * 40] * 999})),
             (True, True, document(attachments=[file()] * 900)),
@@ -2720,6 +2721,11 @@ class RawMessages(Quiet):
                 if name != "From":
                     (error,) = errors_in(finished(field.encode("latin-1") + b"\n\nx"))
                     self.assertIn(f"header {name}: ", error)
+
+    def test_a_field_with_a_long_name_keeps_its_text(self):
+        octets = b"x" * 80 + ": {}\r\n".format("é" * 100).encode()
+        text = haineko.unfold(haineko.encode_field("x" * 80, octets, ""))
+        self.assertEqual(haineko.decode_encoded_words(text), "é" * 100)
 
     def test_header_and_body_are_changed_each_on_its_own(self):
         head = b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=gb2312\r\nContent-Transfer-Encoding: 8bit\r\n"
@@ -4409,6 +4415,12 @@ class Signatures(Folder, Peers):
                 found = signatures_of(haineko.run(haineko.sign_transaction(mail)).octets())
                 self.assertEqual([(tags["d"], tags["s"]) for tags in found if tags["s"] != "x"], wanted)
 
+    def test_a_header_of_more_fields_than_a_client_may_send_is_signed(self) -> None:
+        octets = b"From: a@example.org\r\n" + b"X-A: x\r\n" * 1005 + b"\r\nNyaa\r\n"
+        mail = job(haineko.Route(), text=octets)._replace(dkim=settings(dkim=dkim_keys("example.org")).dkim)
+        signed = haineko.run(haineko.sign_transaction(mail)).octets()
+        self.assertTrue(signed.startswith(b"DKIM-Signature: ") and signed.endswith(octets))
+
     def test_which_routes_sign(self) -> None:
         keys = settings(dkim=dkim_keys("example.org")).dkim
         for route, dkim, wanted in (
@@ -4654,8 +4666,9 @@ class OAuth2(Folder, Peers):
         os.symlink(kept, link := os.path.join(self.folder, "link"))
         said = (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
         for source, last, words in (
-            ({"file": "link"}, "new", ""), ("old", "old", "put the new one into the settings, ours may end"),
-        ):  # fmt: skip
+            ({"file": "link"}, "new", ""),
+            ("old", "old", "put the new one into the settings; the old one may stop working"),
+        ):
             with self.subTest(source):
                 provider, tokens = self.provider(*said), self.cache()
                 route = self.route(provider, refresh_token=source)
@@ -4673,6 +4686,10 @@ class OAuth2(Folder, Peers):
         self.assertEqual(sorted(os.listdir(self.folder)), ["haineko.json", "link", "refresh"])
         nowhere = haineko.OAuth2(refresh_token={"file": "/nowhere/x"})
         self.assertIn("can't be written", haineko.save_refresh_token(nowhere, "new"))
+        os.makedirs(os.path.join(self.folder, "full", "inner"))
+        full = haineko.OAuth2(refresh_token={"file": "full"}, base=self.folder)
+        self.assertIn("can't be written", haineko.save_refresh_token(full, "new"))
+        self.assertEqual(sorted(os.listdir(self.folder)), ["full", "haineko.json", "link", "refresh"])
 
     def test_a_service_account(self):
         account = {"client_email": "bot@example.iam", "private_key": TEST_RSA_KEY, "type": "service_account"}
@@ -5417,6 +5434,13 @@ class SmtpSessions(Peers):
         replies = carried(job(peer, TO), job(peer, TO))
         self.assertEqual([[reply.code for reply in its] for its in replies], [["250", "450", "250"]] * 2)
         self.assertEqual((len(peer.connections), len(peer.mails)), (2, 2))
+
+    def test_a_session_that_fails_by_a_bug_gives_back_what_it_has(self) -> None:
+        session, given_back = haineko.Session(haineko.Route(), "x"), []
+        session.on_close.callback(given_back.append, 1)
+        session.steps = lambda: (lambda: int("bug"),)
+        self.assertRaises(ValueError, session.open)
+        self.assertEqual(given_back, [1])
 
     def test_nobody_is_tried_again_after_the_text_however_many_sessions_are_replaced(self) -> None:
         class Reusing(haineko.TransportContext):
@@ -7340,6 +7364,7 @@ class QueueStore(Folder, Quiet):
         (leased,) = self.parcels(limit=1)
         with self.assertRaisesRegex(haineko.CommandError, "being sent"):
             haineko.run_operation(self.store, haineko.drop_message, "Q" * 16, 0)
+        self.assertRaises(ZeroDivisionError, haineko.run_operation, self.store, lambda *_: 1 // 0)
         self.assertEqual(self.states(), ["sending", "waiting"])
         self.do(haineko.finish_attempt, leased.id, haineko.AttemptResult(None, "delivered"), 0)
         counts = [self.do(haineko.drop_message, name, 0) for name in ("Q" * 16, "Q" * 16, "unknown")]
@@ -8669,6 +8694,13 @@ class Http(Peers):
                     self.has_form(found, code="500", dsn="5.7.1", command="AUTH")
                     self.assertEqual(found["response"][0]["message"][0], "Access denied")
 
+    def test_an_oserror_that_is_not_of_the_connection_is_answered(self):
+        mail, keys = document(dry_run=True), dkim_keys("example.org")
+        with patched(haineko.PrivateKey, sign=lambda *_: os.stat("/nowhere")):
+            status, answer = over_http(http_post(as_body(mail)), settings(mailertable={"default": {}}, dkim=keys))
+        self.assertEqual((status, answer["response"][0]["code"]), (500, "451"))
+        self.assertIn("/nowhere", "".join(self.logged()))
+
     def test_line_ends_behind_a_body_are_no_request(self) -> None:
         before, wires = self.server.log().count("Request timeout"), []
         for ends in (b"\r\n", b"\n", b"\r\n\r\n\r\n"):
@@ -9395,6 +9427,11 @@ class Commands(Folder, Peers):
             self.assertIn(f"    {name} ", out)
             self.assertEqual(run_here(name, "-h")[0], 0)
 
+    def test_what_failed_is_printed_without_controls(self) -> None:
+        item = {"rcpt": "a\x1b[2J", "error": 1, "code": "553", "command": "RCPT", "message": ["no"], "mailer": None}
+        self.assertEqual(haineko.report_failures(400, [{**item, "dsn": "5.1.5"}]), os.EX_DATAERR)
+        self.assertEqual(self.logged(), ["haineko: <a?[2J>: 553 RCPT: no"])
+
     def test_wrong_usage_and_routes(self) -> None:
         bad = self.write("bad.json", {"httpd": {"lissen": "x"}, "mailertable": {"default": {"mailer": "ESNTP"}}})
         path = self.settings(
@@ -9423,6 +9460,7 @@ class Commands(Folder, Peers):
             ("check --sender nobody -c /nowhere.json", 1, "No such file"),
             *((f"send --user x --to a@b.jp --body x --url {url}", 2, "in clear text") for url in clear),
             *((f"send --url {url}", 2, "is no URL of a Haineko") for url in none),
+            (f"send --url unix:/{'x' * 200}", 1, ": AF_UNIX path too long"),
             *((f"send {words}", 2, "want --to, and no FILE") for words in twice),
             ("send --to a@b.jp --attach /nowhere.pdf", 2, "/nowhere.pdf: No such file"),
             ("send /nowhere.json", 2, "/nowhere.json: No such file"),
@@ -9536,6 +9574,9 @@ class Commands(Folder, Peers):
         os.rename(log, old)  # as logrotate does
         self.assertEqual(run_here("reload", *options)[0], 0)
         eventually(lambda: os.path.exists(log), "a new log file")
+        fds = f"/proc/{number}/fd"
+        if os.path.isdir(fds):  # nothing holds the old one open
+            eventually(lambda: old not in [os.readlink(os.path.join(fds, fd)) for fd in os.listdir(fds)], "release", 5)
         with HttpClient(place(done.stderr)) as wire:
             wire.send(post())
             eventually(lambda: peer.now, "the mail at its next hop")
