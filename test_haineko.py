@@ -786,9 +786,9 @@ class Server:
         self.temporary.cleanup()
 
 
-def served(test: unittest.TestCase, *values, **more) -> Server:
+def served(test: unittest.TestCase, *values, kind=Server, **more) -> Server:
     """A Server that ends with the test."""
-    server = Server(*values, **more)
+    server = kind(*values, **more)
     test.addCleanup(server.close)
     return server
 
@@ -797,9 +797,7 @@ def served_after(test: unittest.TestCase, setup: str, *values) -> Server:
     """The same, whose process runs these statements first."""
     script = f"import os, sys; sys.path.insert(0, os.path.dirname(sys.argv[1]))\n{setup}\n"
     script += "import haineko; sys.exit(haineko.main(sys.argv[2:]))"
-    server = type("ServerAfter", (Server,), {"COMMAND": ("-c", script, LAUNCHER)})(*values)
-    test.addCleanup(server.close)
-    return server
+    return served(test, *values, kind=type("ServerAfter", (Server,), {"COMMAND": ("-c", script, LAUNCHER)}))
 
 
 def place_of(url: str):
@@ -11641,7 +11639,7 @@ REQUESTS = {  # (status, whether the connection goes on, words of the answer): r
         CHUNKS.encode() + b"0\r\n" + b"X: y\r\n" * 200, get("/neko", *["X: y"] * 101), get("/" + "y" * 70000),
         get("/neko", "X: " + "y" * 70000), b"GET /neko HTTP/1.1\r\n" + b"X: y\r\n" * 20000],
     (501, False, "not implemented"): [
-        posting(f"Transfer-Encoding: {coding}") for coding in ("gzip, chunked", "gzip", "chunked, chunked")],
+        posting(f"Transfer-Encoding: {coding}", body="{}") for coding in ("gzip, chunked", "gzip", "chunked, chunked")],
     (505, False, "version"): [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
 }  # fmt: skip
 
