@@ -7617,9 +7617,13 @@ def bind(listen: str) -> socket.socket:
         if client.connect_ex(path) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(path).st_mode):
             os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
-    os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
-    listener.listen(BACKLOG)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 

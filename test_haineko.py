@@ -734,9 +734,9 @@ class Server:
         self.temporary.cleanup()
 
 
-def served(test: unittest.TestCase, *values, **more) -> Server:
+def served(test: unittest.TestCase, *values, kind=Server, **more) -> Server:
     """A Server that ends with the test."""
-    server = Server(*values, **more)
+    server = kind(*values, **more)
     test.addCleanup(server.close)
     return server
 
@@ -745,9 +745,7 @@ def served_after(test: unittest.TestCase, setup: str, *values) -> Server:
     """The same, whose process runs these statements first."""
     script = f"import os, sys; sys.path.insert(0, os.path.dirname(sys.argv[1]))\n{setup}\n"
     script += "import haineko; sys.exit(haineko.main(sys.argv[2:]))"
-    server = type("ServerAfter", (Server,), {"COMMAND": ("-c", script, LAUNCHER)})(*values)
-    test.addCleanup(server.close)
-    return server
+    return served(test, *values, kind=type("ServerAfter", (Server,), {"COMMAND": ("-c", script, LAUNCHER)}))
 
 
 def place_of(url: str):
@@ -1396,17 +1394,6 @@ def esmtp(peer: SmtpPeer, **more) -> dict:
 
 
 TOP = {"queueid", "addresser", "recipient", "response", "remoteaddr", "remoteport", "useragent", "referer", "timestamp"}
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stream:
-            return stream.read().rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return not os.path.isdir("/proc")
 
 
 def has_ipv6() -> bool:
@@ -8222,21 +8209,22 @@ class ProviderEndpoints(Peers):
             server = self.serve(peer, **queue)
             for path, mail in {**MAILS, **BATCHES}.items():
                 with self.subTest(path, queue=bool(queue)):
-                    status, headers, found = server.ask(post(mail, path=path))
+                    status, headers, sent = server.ask(post(mail, path=path))
                     if path == "/v3/mail/send":
-                        self.assertEqual((status, headers["Content-Length"], found), (202, "0", ""))
-                        status, found = 200, {"id": headers["X-Message-Id"]}
+                        self.assertEqual((status, headers["Content-Length"], sent), (202, "0", ""))
+                        status, sent = 200, {"id": headers["X-Message-Id"]}
                     self.assertEqual(status, 200)
-                    items = found if path == "/email/batch" else found.get("data", [found])
+                    items = sent if path == "/email/batch" else sent.get("data", [sent])
                     queueids = {item.get("id") or item["MessageID"] for item in items}
                     self.assertEqual(len(queueids), 1 + (path in BATCHES))
                     for queueid in queueids:
                         self.assertRegex(queueid, r"\A[0-9A-Za-z]{16}\Z")
                         self.check_arrived(peer, queueid)
                     if path == "/email":
-                        self.assertRegex(found.pop("SubmittedAt"), r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.0000000Z\Z")
-                        wanted = {"To": mail["To"], "MessageID": queueid, "ErrorCode": 0, "Message": "OK"}
-                        self.assertEqual(found, wanted)
+                        self.assertRegex(sent.pop("SubmittedAt"), r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.0000000Z\Z")
+                        self.assertEqual(
+                            sent, {"To": mail["To"], "MessageID": queueid, "ErrorCode": 0, "Message": "OK"}
+                        )
             before = len(peer.taken)
             parts = [{"to": [{"email": f"{name}@example.jp"}], "subject": name} for name in "ab"]
             self.assertEqual(server.ask(post(sendgrid(personalizations=parts), path="/v3/mail/send"))[0], 202)
@@ -8261,11 +8249,10 @@ class ProviderEndpoints(Peers):
         eventually(lambda: len(peer.taken) == 3 * len(ALL_RECIPIENTS) and server.idle(), "the good ones")
 
     def test_refusals(self):
-        domains, limits = {"domainpart": ["example.jp"]}, {"hostname": NAME}
-        server = self.serve(self.peer(), recipients=domains, smtpd=limits, queue=QUEUE)
+        domains, smtpd = {"domainpart": ["example.jp"]}, {"hostname": NAME}
+        server = self.serve(self.peer(), recipients=domains, smtpd=smtpd, queue=QUEUE)
         to = lambda *names: {"to": [{"email": name} for name in names]}  # noqa: E731
-        one = "a@example.jp"
-        wrong, far = "validation_error", "a@far.example"
+        wrong, one, far = "validation_error", "a@example.jp", "a@far.example"
         large = {"attachments": [file("a", bytes(1 << 20))], "content": [{"type": "text/plain", "value": "x"}]}
         for path, status, cases in (
             ("/v3/mail/send", 400, [
@@ -8282,7 +8269,7 @@ class ProviderEndpoints(Peers):
                 (sendgrid(headers={"Foo:": "a"}), None, "headers.Foo:: unknown key"),
                 (sendgrid(attachments=[{"content": "!"}]), "attachments.0.content", "is not base64"),
                 (sendgrid(subject=""), None, "subject is required"),
-                (sendgrid(personalizations=[to("a@x.jp")]), None, "a@x.jp: Recip")]),
+                (sendgrid(personalizations=[to(far)]), None, f"{far}: Recip")]),
             ("/v3/mail/send", 413, [
                 (sendgrid(personalizations=[to(one)] * 1000, **large), None, "exceed the limit of 67108864")]),
             ("/email", 422, [
@@ -8348,13 +8335,12 @@ class ProviderEndpoints(Peers):
             ("/v3/mail/send", sandbox, "X: y", 401, grant), ("/v3/mail/send", sandbox, right, 200, ""),
             ("/v3/mail/send", sandbox, "Authorization: Bearer SG.x", 401, grant),
             ("/v3/mail/send", sandbox, token + "kijitora:kijitora", 401, grant),
-            ("/v3/mail/send", sandbox, basic, 200, ""),
+            ("/v3/mail/send", sandbox, basic, 200, ""), ("/submit", None, test, 401, ""),
             ("/v3/mail/send", {**sandbox, "subject": ""}, basic, 400, "Subject header is empty"),
             ("/email", postmark(), "X: y", 401, "authentication failed"), ("/email", postmark(), test, 200, "OK"),
             ("/email", postmark(), token + "kijitora:neko", 401, "authentication failed"),
             ("/email", postmark(To="@"), test, 422, "Invalid 'To' address: '@'."),
-            ("/email/batch", [postmark()], test, 200, ""), ("/submit", None, test, 401, ""),
-            ("/emails", resend(), "X: y", 401, "missing_api_key"),
+            ("/email/batch", [postmark()], test, 200, ""), ("/emails", resend(), "X: y", 401, "missing_api_key"),
             ("/emails", resend(), "Authorization: Bearer kijitora:x", 403, "invalid_api_key"),
         ):  # fmt: skip
             with self.subTest(path, line=line):
@@ -8374,10 +8360,10 @@ class ProviderEndpoints(Peers):
         server = self.serve(peer, queue=QUEUE)
         for path, mail in (*MAILS.items(), ("/emails/batch", [resend(), resend()])):
             with self.subTest(path):
-                first, again = [server.ask(post(mail, "Idempotency-Key: k-1", path=path)) for _ in range(2)]
-                self.assertEqual((first[0], first[2]), (again[0], again[2]))
-                self.assertEqual(first[1].get("X-Message-Id"), again[1].get("X-Message-Id"))
-                self.assertEqual([found[1].get("Idempotency-Replayed") for found in (first, again)], [None, "true"])
+                both = [server.ask(post(mail, "Idempotency-Key: k-1", path=path)) for _ in range(2)]
+                first, again = [(status, found, headers.get("X-Message-Id")) for status, headers, found in both]
+                self.assertEqual(first, again)
+                self.assertEqual([found[1].get("Idempotency-Replayed") for found in both], [None, "true"])
         for path, mail, key, status, words in (
             ("/emails", resend(subject="x"), "k-1", 409, "invalid_idempotent_request"),
             ("/emails", resend(), '"', 400, "invalid_idempotency_key"),
@@ -8430,46 +8416,37 @@ REQUESTS = {  # (status, whether the connection goes on, words of the answer): r
         get("/neko", method="HEAD"), get("/neko", "Content-Length: 0"), get("/neko", host=""),
         b"\r\n\r\n" + get("/neko"), get("/neko", *["X: y"] * 99), get("/neko", "Connection: Keep-Alive", version="1.0"),
         get("/conf", host="127.0.0.1:2794"), post(None, "Origin: http://127.0.0.1").replace(b"x", b"127.0.0.1", 1),
-        *[post(None, f"Content-Type: {kind}") for kind in ("application/x-www-form-urlencoded", "text/plain", "x")],
+        *[post(None, f"Content-Type: {kind}") for kind in ("application/x-www-form-urlencoded", "x; charset=x")],
         *[post(None, line) for line in ("Content-Encoding: identity", "Sec-Fetch-Site: same-origin")],
         in_chunks(as_body(document())), in_chunks(as_body(document()), extra=" ;a=b"),
         in_chunks(as_body(document()), tail="0\r\nX-Sum: 1\r\nY: 2\r\n\r\n"),
         in_chunks(as_body(document())).replace(b"chunked", b"CHUNKED")],
-    (200, False, ""): [
-        b"GET /neko HTTP/1.0\r\n\r\n", get("/neko", version="1.0"), get("/neko", "Connection: close")],
-    (204, True, ""): [get("/submit", method="OPTIONS"), get("*", method="OPTIONS")],
-    (400, True, "Malformed JSON string"): [
-        post(b"nyaa"), post(b""), post(b"[" * 50000), post(b'{"mail": ' + b"9" * 9000 + b"}")],
-    (400, False, "GET takes no body"): [
-        get("/neko", line) for line in ("Content-Length: 3\r\n\r\nabc", "Content-Length: 3000",
-                                        "Transfer-Encoding: chunked")],
-    (400, False, "Host"): [
-        b"GET /neko HTTP/1.1\r\n\r\n", post().replace(b"Host: x\r\n", b""), get("/neko", host="a b"),
-        get("/neko", "Host: b.example")],
-    (400, False, "chunk"): [  # no number, a negative one, too long a one; no end of a chunk, of its line
-        (CHUNKS + text).encode() for text in (
-            *[f"{size}\r\n{{}}\r\n0\r\n\r\n" for size in ("zz", "-2", "0x2", "000000002")],
-            "2\r\n{}0\r\n\r\n", "2;" + "x" * 9000)],
+    (200, False, ""): [b"GET /neko HTTP/1.0\r\n\r\n", get("/neko", version="1.0"), get("/neko", "Connection: close")],
+    (204, True, ""): [get(path, method="OPTIONS") for path in ("/submit", "/neko", "*")],
+    (400, True, "Malformed JSON string"): [post(body) for body in (b"nyaa", b"", b"[" * 50000, b"9" * 9000)],
+    (400, False, "GET takes no body"): [get("/neko", line) for line in (
+        "Content-Length: 3\r\n\r\nabc", "Content-Length: 3000", "Transfer-Encoding: chunked")],
+    (400, False, "Host"): [b"GET /neko HTTP/1.1\r\n\r\n", post().replace(b"Host: x\r\n", b""),
+                           get("/neko", host="a b"), get("/neko", "Host: b.example")],
+    (400, False, "chunk"): [(CHUNKS + text).encode() for text in (
+        *[f"{size}\r\n{{}}\r\n0\r\n\r\n" for size in ("zz", "-2", "0x2", "000000002")],
+        "2\r\n{}0\r\n\r\n", "2;" + "x" * 9000)],  # no end of a chunk, of its line
     (400, False, "Transfer-Encoding"): [CHUNKS.replace("1.1", "1.0").encode() + b"0\r\n\r\n"],
-    (400, False, ""): [
-        posting("Content-Length: 2", "Transfer-Encoding: chunked", body="{}"),
-        posting("Transfer-Encoding: chunked", "Content-Length: 2", body="{}")],
-    (400, False, "Content-Length"): [
-        posting(f"Content-Length: {length}", body="{}")
-        for length in ("2, 3", "2\r\nContent-Length: 3", "+2", "-2", "0x2", "two", "\xb2", "")],
-    (400, False, "header line"): [
-        get("/neko", line) for line in ("X: a\rb", "X: a\r", "X: a\0b", "X\0: a", "nothing", "Content-Length : 2",
-                                        ": value", "X: a\r\n b", "X: y\nY: z")],
+    (400, False, ""): [posting(*lines, body="{}") for lines in (
+        ("Content-Length: 2", "Transfer-Encoding: chunked"), ("Transfer-Encoding: chunked", "Content-Length: 2"))],
+    (400, False, "Content-Length"): [posting(f"Content-Length: {length}", body="{}") for length in (
+        "2, 3", "2\r\nContent-Length: 3", "+2", "-2", "0x2", "two", "\xb2", "")],
+    (400, False, "header line"): [get("/neko", line) for line in (
+        "X: a\rb", "X: a\r", "X: a\0b", "X\0: a", "nothing", "Content-Length : 2", ": x", "X: a\r\n b", "X: y\nY:")],
     (400, False, "LF alone"): [b"GET /neko HTTP/1.1\nHost: x\n\n"],
-    (400, False, "request line"): [
-        get("/ne\0ko"), *[b"%b\r\n\r\n" % line for line in (b"nyaa", b"GET  /neko HTTP/1.1", b"GET /neko",
-                                                             b"GET /neko http/1.1")]],
+    (400, False, "request line"): [get("/ne\0ko"), *[b"%b\r\n\r\n" % line for line in (
+        b"nyaa", b"GET  /neko HTTP/1.1", b"GET /neko", b"GET /neko http/1.1")]],
     (403, True, "Cross-origin"): [post(None, "Sec-Fetch-Site: cross-site"), post(None, "Origin: null")],
     (403, True, ""): [get("/conf", host="rebound.example")],  # a web page whose name is now that of this machine
     (404, True, "Not found"): [get("/nothing"), post(path="/nothing")],
-    (404, True, 'did you mean "/submit"?'): [post(path="/submit/")],
-    (404, True, 'did you mean "/health"?'): [get("/helth")], (411, False, "Content-Length required"): [posting()],
+    (404, True, 'mean "/submit"?'): [post(path="/submit/")], (404, True, 'mean "/health"?'): [get("/helth")],
     (405, True, "GET method not supported"): [get("/submit"), get("/submit", method="HEAD")],
+<<<<<<< HEAD
     (405, True, "DELETE method not supported"): [get("/submit", method="DELETE")],
     (405, True, "NYAA method not supported"): [get("/", method="NYAA")],
     (405, True, "POST method not supported"): [post(path="/")],
@@ -8477,12 +8454,19 @@ REQUESTS = {  # (status, whether the connection goes on, words of the answer): r
     (413, False, "too large"): [
         posting("Content-Length: 105537"), posting(f"Content-Length: {10**17}"), CHUNKS.encode() + b"fffffff\r\n",
         in_chunks(bytes(200000), 50000)],
+=======
+    (405, True, "NYAA method not supported"): [get("/", method="NYAA"), get("/submit", method="NYAA")],
+    (405, True, "POST method not supported"): [post(path="/"), post(path="/neko")],
+    (413, False, "too large"): [posting("Content-Length: 105537"), posting(f"Content-Length: {10**17}"),
+                                CHUNKS.encode() + b"fffffff\r\n", in_chunks(bytes(200000), 50000)],
+>>>>>>> tH
     (415, True, "Content-Encoding"): [post(None, "Content-Encoding: gzip")],
+    (411, False, "Content-Length required"): [posting()], (417, True, "Expectation"): [post(None, "Expect: nyaa")],
     (431, False, "too large"): [
         CHUNKS.encode() + b"0\r\n" + b"X: y\r\n" * 200, get("/neko", *["X: y"] * 101), get("/" + "y" * 70000),
         get("/neko", "X: " + "y" * 70000), b"GET /neko HTTP/1.1\r\n" + b"X: y\r\n" * 20000],
     (501, False, "not implemented"): [
-        posting(f"Transfer-Encoding: {coding}") for coding in ("gzip, chunked", "gzip", "chunked, chunked")],
+        posting(f"Transfer-Encoding: {coding}", body="{}") for coding in ("gzip, chunked", "gzip", "chunked, chunked")],
     (505, False, "version"): [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
 }  # fmt: skip
 
@@ -8530,7 +8514,7 @@ class Http(Peers):
             self.assertEqual((type(found["remoteport"]) is int, found["useragent"] == agent), (i == 0, i == 0))
             self.assertEqual((found["addresser"], found["recipient"]), (document()["mail"], document()["rcpt"]))
 
-    def test_pages(self) -> None:
+    def test_pages_and_samples_that_are_valid_submissions(self) -> None:
         pages = {"/": {"name": "Haineko", "version": haineko.__version__}, "/health": {"status": "ok"}}
         for path in (*pages, "/neko", "/neko?a=b", "http://x.example/neko"):
             wanted = pages.get(path, "Nyaaaaa")
@@ -8541,6 +8525,9 @@ class Http(Peers):
                     kind, text = ("json", json.dumps(wanted) + "\n") if path in pages else ("text/plain", wanted)
                     self.assertIn(kind, headers["Content-Type"])
                     self.assertEqual(headers["Content-Length"], str(len(text)))
+        _, _, samples = self.server.ask(get("/sample/mail"))
+        self.assertTrue(any("html" in sample and "attachments" in sample for sample in samples))
+        self.assertEqual({self.server.ask(post(sample))[0] for sample in samples}, {200})
 
     def test_the_last_answer_is_read_to_its_end_whatever_was_sent_behind(self) -> None:
         for first in (get("/neko", "Connection: close"), get("/neko", version="1.0"), b"x\r\n\r\n"):
@@ -8559,11 +8546,6 @@ class Http(Peers):
                     status, _, found = wire.ask(octets[at:])
                     self.assertEqual((status, found["response"][0]["message"][1]), (400, "line ends with LF alone"))
 
-    def test_samples_are_valid_submissions(self) -> None:
-        _, _, samples = self.server.ask(get("/sample/mail"))
-        self.assertTrue(any("html" in sample and "attachments" in sample for sample in samples))
-        self.assertEqual({self.server.ask(post(sample))[0] for sample in samples}, {200})
-
     def test_requests_are_answered_and_the_connection_kept_or_closed(self) -> None:
         for (status, goes_on, words), octets in ((row, octets) for row, many in REQUESTS.items() for octets in many):
             with self.subTest(octets[:99], status=status), self.server.wire() as wire:
@@ -8574,17 +8556,13 @@ class Http(Peers):
                     self.has_form(body, command="HTTP", code="421")
                     self.assertIn(words, "\n".join(body["response"][0]["message"]))
                 self.assertEqual(headers.get("Connection") != "close", goes_on)
+                if status in (204, 405) and b" * " not in octets:
+                    self.assertEqual(headers["Allow"], f"{'POST' if b' /submit ' in octets else 'GET, HEAD'}, OPTIONS")
                 if goes_on:
                     self.assertEqual(wire.ask(get("/neko"))[2], "Nyaaaaa")
                 else:
                     wire.sock.shutdown(socket.SHUT_WR)
                     self.assertTrue(wire.ended())
-
-    def test_allow_names_what_may_be_done(self) -> None:
-        for octets in (get("/submit"), get("/submit", method="OPTIONS")):
-            self.assertEqual(self.server.ask(octets)[1].get("Allow"), "POST, OPTIONS")
-        for octets in (post(path="/neko"), get("/neko", method="OPTIONS")):
-            self.assertEqual(self.server.ask(octets)[1].get("Allow"), "GET, HEAD, OPTIONS")
 
     def test_a_browsers_page_may_post_from_an_allowed_origin_only(self) -> None:
         line = "https://evil.example is not in httpd.allowed_origins"
@@ -8683,8 +8661,7 @@ class Http(Peers):
             (2, f"{good}, nonsense, 10.1.2.3", "::1", 400), (2, f"nonsense, {good}", good, 200),
             (2, f"{good}:1234", good, 200), (2, "[2001:db8::1]:1234", "2001:db8::1", 403),
             (2, f"::ffff:{good}", good, 200), (2, None, "::1", 200),
-            (0, bad, "127.0.0.1", 403),  # no loopback client, since 127.0.0.1 is no trusted proxy
-            (0, "127.0.0.1", "127.0.0.1", 403),
+            (0, bad, "127.0.0.1", 403), (0, "127.0.0.1", "127.0.0.1", 403),  # 127.0.0.1 is no trusted proxy
         ):  # fmt: skip
             with self.subTest(forwarded, i=i):
                 lines = [f"X-Forwarded-For: {forwarded}"] if forwarded else []
@@ -9207,21 +9184,21 @@ class Workers(Peers):
         server.start()
         workers = eventually(lambda: len(server.workers()) == 4 and server.workers())
         server.process.kill()
-        eventually(lambda: not any(alive(pid) for pid in workers), "an end of the workers")
+        running = f"ps -o stat= -p {','.join(map(str, workers))} | grep -q '^[^Z]'"
+        eventually(lambda: subprocess.run(running, shell=True, check=False).returncode == 1, "an end of the workers")
 
     def test_settings_are_read_again_when_they_change_or_on_sighup(self) -> None:
         server = served(self, {"httpd": {"workers": 2, "timeout": 20}})
-        whole, wires, found = post(document(rcpt=["a@example.net"])), [server.wire()], set()
-        wires[0].send(whole[:-20])
+        whole, wires, found = post(document(rcpt=["a@example.net"])), [], set()
+        begun = server.wire().send(whole[:-20])
+        self.addCleanup(begun.close)
         workers = eventually(lambda: len(server.workers()) == 2 and server.workers())
         while found != workers:  # a connection to each of them
             self.assertLess(len(wires), 300)
             wires.append(server.wire())
+            self.addCleanup(wires[-1].close)
             queueid = wires[-1].ask(post())[2]["queueid"]
             found.add(int(re.search(rf"haineko\[(\d+)\]: {queueid}", server.log())[1]))
-        begun = wires.pop(0)
-        for wire in (begun, *wires):
-            self.addCleanup(wire.close)
         codes = lambda: {wire.ask(whole)[2]["response"][0]["code"] for wire in wires}  # noqa: E731
         self.assertEqual(codes(), {"200"})
         closed = {"httpd": {"workers": 2, "timeout": 20}, "recipients": {"domainpart": ["example.jp"]}}
@@ -9290,8 +9267,7 @@ class MetricsServed(Peers):
         self.assertEqual((first["haineko_reload_success"], first["haineko_workers_restarted_total"]), (1, 0))
         for name in ("cpu_seconds_total", "start_time_seconds", "virtual_memory_bytes", "resident_memory_bytes"):
             self.assertGreater(first[f"process_{name}"], 0)
-        if hard != resource.RLIM_INFINITY:
-            self.assertEqual(first["process_max_fds"], min(hard, 65536))
+        self.assertEqual(first["process_max_fds"], max(64, min(hard, 65536)))
         self.assertEqual(first["process_open_fds"], len(os.listdir(f"/proc/{server.process.pid}/fd")))
         self.assertEqual(first[f'haineko_build_info{{version="1.0.0",python="{sys.version.split()[0]}"}}'], 1)
         server.submit("a@example.jp")
@@ -9326,8 +9302,7 @@ class LogServed(Peers):
     def test_json(self) -> None:
         server = served(self, {"smtpd": {"log": "json"}})
         trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-        ids = ("X-Request-Id: cat-1", f"traceparent: {trace}")
-        status, headers, answer = server.ask(post(document(rcpt=["a@example.jp"]), *ids))
+        status, headers, answer = server.ask(post(None, "X-Request-Id: cat-1", f"traceparent: {trace}"))
         self.assertEqual((status, headers["X-Request-Id"]), (200, "cat-1"))
         status, headers, refused = server.ask(post("{", "X-Request-Id: cat 2", "traceparent: 00-cat"))
         self.assertEqual((status, "X-Request-Id" in headers), (400, False))
@@ -9335,7 +9310,9 @@ class LogServed(Peers):
         server.stop()
         lines = [json.loads(line) for line in server.log().splitlines()]
         wanted = {"level": "info", "event": "delivery", "queueid": answer["queueid"], "client": "127.0.0.1"}
-        wanted.update(code=200, dsn="2.0.0", status="sent", to=["a@example.jp"], request_id="cat-1", traceparent=trace)
+        wanted.update(
+            code=200, dsn="2.0.0", status="sent", to=document()["rcpt"], request_id="cat-1", traceparent=trace
+        )
         for line in lines:
             self.assertRegex(line["time"], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d\Z")
         [sent, said] = [line for line in lines if line.get("queueid") in (answer["queueid"], refused["queueid"])]
