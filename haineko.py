@@ -8480,6 +8480,7 @@ async def submit_here(body: bytes, settings: Settings, flags: dict) -> tuple:
     dsn = f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
     owner = os.stat(settings.path)
     if not os.geteuid() and owner.st_uid:  # the server could not use a queue that belongs to root
+        os.setgroups([])
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
     smtpd, client = replace(settings.smtpd, max_rcpts_per_message=0), parse_ip("127.0.0.1")
