@@ -5541,7 +5541,10 @@ class QueueDB:
         while self.waiting:
             batch, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
             work = [(operation, values) for operation, values, _ in batch]
-            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            try:
+                results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            except Exception as error:  # as when this Python has no sqlite3: nobody may wait for ever
+                results = [error] * len(batch)
             for (_, _, future), result in zip(batch, results):
                 if not future.done():  # its task was cancelled
                     future.set_result(result)

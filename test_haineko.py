@@ -8930,6 +8930,10 @@ class QueueStore(Quiet):
             self.assertEqual(sorted(self.states("Q" * 16), reverse=True), states)
             self.assertFalse(+manager.in_flight)
 
+    def test_a_commit_that_fails_by_a_bug_leaves_nobody_waiting(self):
+        with patched(haineko.QueueDB, commit=lambda *_: {}["bug"]):
+            self.assertRaises(KeyError, haineko.run, asyncio.wait_for(self.store.do(haineko.queue_stats, 0), 5))
+
     def test_drop_is_refused_while_sending(self):
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
         (leased,) = self.lease(limit=1)
