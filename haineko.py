@@ -5541,7 +5541,10 @@ class QueueDB:
         while self.waiting:
             batch, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
             work = [(operation, values) for operation, values, _ in batch]
-            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            try:
+                results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            except Exception as error:  # as when this Python has no sqlite3: nobody may wait for ever
+                results = [error] * len(batch)
             for (_, _, future), result in zip(batch, results):
                 if not future.done():  # its task was cancelled
                     future.set_result(result)
@@ -8484,6 +8487,7 @@ async def submit_here(body: bytes, settings: Settings, flags: dict) -> tuple:
     dsn = f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
     owner = os.stat(settings.path)
     if not os.geteuid() and owner.st_uid:  # the server could not use a queue that belongs to root
+        os.setgroups([])
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
     smtpd, client = replace(settings.smtpd, max_rcpts_per_message=0), parse_ip("127.0.0.1")

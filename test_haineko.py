@@ -7346,6 +7346,10 @@ class QueueStore(Folder, Quiet):
         due, owner, history = self.row("SELECT due, owner, history FROM recipients")
         self.assertEqual((due > NOW, owner, "may have arrived" in history), (True, None, True), history)
 
+    def test_a_commit_that_fails_by_a_bug_leaves_nobody_waiting(self):
+        with patched(haineko.QueueDB, commit=lambda *_: {}["bug"]):
+            self.assertRaises(KeyError, haineko.run, asyncio.wait_for(self.store.do(haineko.queue_stats, 0), 5))
+
     def test_drop_is_refused_while_sending(self):
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
         (leased,) = self.parcels(limit=1)
@@ -8446,20 +8450,10 @@ REQUESTS = {  # (status, whether the connection goes on, words of the answer): r
     (404, True, "Not found"): [get("/nothing"), post(path="/nothing")],
     (404, True, 'mean "/submit"?'): [post(path="/submit/")], (404, True, 'mean "/health"?'): [get("/helth")],
     (405, True, "GET method not supported"): [get("/submit"), get("/submit", method="HEAD")],
-<<<<<<< HEAD
-    (405, True, "DELETE method not supported"): [get("/submit", method="DELETE")],
-    (405, True, "NYAA method not supported"): [get("/", method="NYAA")],
-    (405, True, "POST method not supported"): [post(path="/")],
-    (417, True, "Expectation"): [post(None, "Expect: nyaa")],
-    (413, False, "too large"): [
-        posting("Content-Length: 105537"), posting(f"Content-Length: {10**17}"), CHUNKS.encode() + b"fffffff\r\n",
-        in_chunks(bytes(200000), 50000)],
-=======
     (405, True, "NYAA method not supported"): [get("/", method="NYAA"), get("/submit", method="NYAA")],
     (405, True, "POST method not supported"): [post(path="/"), post(path="/neko")],
     (413, False, "too large"): [posting("Content-Length: 105537"), posting(f"Content-Length: {10**17}"),
                                 CHUNKS.encode() + b"fffffff\r\n", in_chunks(bytes(200000), 50000)],
->>>>>>> tH
     (415, True, "Content-Encoding"): [post(None, "Content-Encoding: gzip")],
     (411, False, "Content-Length required"): [posting()], (417, True, "Expectation"): [post(None, "Expect: nyaa")],
     (431, False, "too large"): [
