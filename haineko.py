@@ -1573,6 +1573,7 @@ STRUCTURED_FIELDS = re.compile(  # in which only comments may be encoded
     r"|content-transfer-encoding|(?:dkim|domainkey)-signature|arc-.*|authentication-results|auto-submitted|list-(?!id$).*"
 )
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
+TRACEPARENT = "[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"  # W3C Trace Context
 
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
@@ -1601,12 +1602,12 @@ class Request:
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
         whose = {"client": self.client and str(self.client), "login": self.login or None}
-        ids = {"request_id": self.trace_id("x-request-id"), "traceparent": self.trace_id("traceparent")}
+        ids = {"request_id": self.trace_id("x-request-id"), "traceparent": self.trace_id("traceparent", TRACEPARENT)}
         return {**whose, "reason": self.login_fault or None, **ids}
 
-    def trace_id(self, header: str) -> str | None:
+    def trace_id(self, header: str, form: str = r"[A-Za-z0-9._:/+=@-]{1,128}") -> str | None:
         value = self.headers.get(header)
-        return value if value and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", value) else None
+        return value if value and re.fullmatch(form, value) else None
 
 
 class Mailbox(NamedTuple):
