@@ -1582,6 +1582,7 @@ STRUCTURED_FIELDS = re.compile(  # in which only comments may be encoded
     r"|content-transfer-encoding|(?:dkim|domainkey)-signature|arc-.*|authentication-results|auto-submitted|list-(?!id$).*"
 )
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
+TRACEPARENT = "[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"  # W3C Trace Context
 
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
@@ -1610,12 +1611,12 @@ class Request:
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
         whose = {"client": self.client and str(self.client), "login": self.login or None}
-        ids = {"request_id": self.trace_id("x-request-id"), "traceparent": self.trace_id("traceparent")}
+        ids = {"request_id": self.trace_id("x-request-id"), "traceparent": self.trace_id("traceparent", TRACEPARENT)}
         return {**whose, "reason": self.login_fault or None, **ids}
 
-    def trace_id(self, header: str) -> str | None:
+    def trace_id(self, header: str, form: str = r"[A-Za-z0-9._:/+=@-]{1,128}") -> str | None:
         value = self.headers.get(header)
-        return value if value and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", value) else None
+        return value if value and re.fullmatch(form, value) else None
 
 
 class Mailbox(NamedTuple):
@@ -4645,14 +4646,19 @@ async def attempt_route(transaction: Transaction, transport: TransportContext) -
         if transaction.dkim:
             transaction = await sign_transaction(transaction)
         return await transaction.route.row.send(transaction, transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    except OSError as error:
-        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
-    except Exception:
-        log_exception(transaction.queueid)
-        reply = make_reply("relay-fault", **transaction.route.endpoint)
-    return [reply] * len(transaction.recipients)
+    except Exception as fault:
+        return failure_replies(transaction, fault)
+
+
+def failure_replies(transaction: Transaction, fault: Exception) -> list:
+    """Return the reply that says why a delivery failed, for each recipient; a bug is logged."""
+    endpoint = transaction.route.endpoint
+    if isinstance(fault, Rejected):
+        return [fault.reply] * len(transaction.recipients)
+    if isinstance(fault, OSError):
+        return [make_reply("lost", error_text(fault), command="CONN", **endpoint)] * len(transaction.recipients)
+    log_exception(transaction.queueid)
+    return [make_reply("relay-fault", **endpoint)] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -4690,11 +4696,11 @@ async def relay_mx(transaction: Transaction, transport: TransportContext) -> lis
     for recipient in transaction.recipients:
         by_domain[recipient.rpartition("@")[2].lower()].append(recipient)
     for domain, recipients in by_domain.items():
+        part = transaction._replace(recipients=tuple(recipients))
         try:
-            part = transaction._replace(recipients=tuple(recipients))
             replies.update(await deliver_to_domain(domain, part, transport))
-        except Rejected as rejected:
-            replies.update(dict.fromkeys(recipients, rejected.reply))
+        except Exception as fault:  # it must not change the replies of the domains before
+            replies.update(zip(recipients, failure_replies(part, fault)))
     return [replies[recipient] for recipient in transaction.recipients]
 
 
@@ -4964,8 +4970,8 @@ async def relay_amazonses(transaction: Transaction, transport: TransportContext)
         part = transaction._replace(recipients=transaction.recipients[start : start + 50])
         try:
             replies += await relay_http(part, transport)
-        except Rejected as refused:
-            replies += [refused.reply] * len(part.recipients)
+        except Exception as fault:  # it must not change the replies before
+            replies += failure_replies(part, fault)
     return replies
 
 
@@ -6339,8 +6345,9 @@ async def replay_response(request: Request, mail: Mail, earlier: Any, app: App) 
     if stored is None and earlier["owner"] is not None:
         raise Rejected(make_reply("key-running"))
     if stored is None:  # its process ended before it could answer; the queue has taken the mail over
-        rows = {row["as_written"]: row for row in (await app.queue.do(message_status, queueid))["recipients"]}
-        mail.add_replies([current_reply(queueid, rows[mailbox.as_written]) for mailbox in mail.accepted])
+        rows = (await app.queue.do(message_status, queueid))["recipients"]
+        found = {row["as_written"]: current_reply(queueid, row) for row in rows}
+        mail.add_replies([found.get(mailbox.as_written) or queued_reply(queueid) for mailbox in mail.accepted])
         stored = respond(request, mail._replace(queueid=queueid)).serialized
         await app.queue.do(finish_request, queueid, [], stored, request.now)
     status, headers, body = json.loads(stored)
