@@ -1375,7 +1375,7 @@ class Log:
             for line in lines:
                 self._to_syslog(head, line)
         elif not self.quiet:
-            head = "" if self.is_json else f"{timestamp(time.time())} {name}"
+            head = "" if self.is_json else f"{timestamp(int(time.time()))} {name}"
             head = f"<{self.LEVELS[level]}>" if self.is_journal else head
             self._to_stderr("".join([f"{head}{line}\n" for line in lines]))
 
@@ -1444,8 +1444,9 @@ class Log:
             self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
 
 
-def timestamp(moment: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(moment))
+@functools.lru_cache(maxsize=2)
+def timestamp(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
 
 
 def log_exception(queueid: str | None) -> None:
@@ -1463,8 +1464,8 @@ def json_line(level: str, event: str, message: str, fields: dict) -> str:
 
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
-    shown = {key: LOG_FORMS.get(key, str)(value) for key, value in fields.items()}
-    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' else 500)}" for key, value in shown.items()]
+    fields.update({key: make(fields[key]) for key, make in LOG_FORMS.items() if key in fields})
+    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' else 500)}" for key, value in fields.items()]
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
@@ -1570,6 +1571,7 @@ _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
 CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")  # of a link "cid:...", RFC 2392
+HIGH_OCTETS = bytes(range(128, 256))
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
 LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
@@ -1658,8 +1660,11 @@ def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
     if type(value) is not str:
         errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return ""
-    if not value.isascii() and (found := re.search("[\ud800-\udfff]", value)):
-        errors.append(f"{json_path}: has half a surrogate pair at character {found.start()}")
+    try:
+        if not value.isascii():
+            value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
+    except UnicodeEncodeError as error:
+        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
     return value
 
 
@@ -2107,7 +2112,7 @@ def read_header(octets: bytes, start: int, end: int) -> tuple:
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
-    dropped = b"" if keep_8bit else bytes(range(128, 256))  # of delimiters, and of text between parts that nobody reads
+    dropped = b"" if keep_8bit else HIGH_OCTETS  # of delimiters, and of text between parts that nobody reads
     out, at = [], 0
     for part in parts:
         header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
@@ -2572,8 +2577,10 @@ def text_part(subtype: str, text: str, charset: str) -> list:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     encoding, body = "7bit", encode_text((text.removesuffix("\n") + "\n").replace("\n", "\r\n"), charset)
     if (NOT_7BIT if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
-        both = ("quoted-printable", binascii.b2a_qp(body, istext=True)), ("base64", base64_lines(body))
-        encoding, body = min(both, key=lambda encoded: len(encoded[1]))
+        coded, quoted = base64_lines(body), b""
+        if 4 * len(body.translate(None, HIGH_OCTETS)) > 3 * len(body):  # else quoted-printable would be longer
+            quoted = binascii.b2a_qp(body, istext=True)
+        encoding, body = ("quoted-printable", quoted) if 0 < len(quoted) <= len(coded) else ("base64", coded)
     head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
