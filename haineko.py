@@ -899,7 +899,7 @@ class QueueSettings:
     lifetime: int = config_field(432000, integer(1, 31536000), "seconds until a mail is given up")
     retry_after: tuple = config_field(RETRY_AFTER, list_of(integer(0, 604800), required=True), "seconds between tries")
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
-    webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
+    webhook: str = config_field("", parse_webhook_url, "URL to which each result of the queue is POSTed", secret="line")
     webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret="line")
     secret: bytes = field(default=b"", repr=False)  # octets of webhook_secret, set by resolve_settings()
 
@@ -5870,13 +5870,14 @@ def maintain(db: Any, slot: int, queue_db: QueueDB, now: float, set_back: bool =
 def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, where: str = "", *values: Any) -> None:
     """End the leases of a slot, or those that an SQL condition selects; their mail may have been sent."""
     reply = make_reply("interrupted", mailer="Queue")
-    sql = f"SELECT r.*, m.queueid FROM {BOTH_TABLES} WHERE r.owner=?{where}"
+    sql = f"SELECT r.*, m.queueid, m.kind FROM {BOTH_TABLES} WHERE r.owner=?{where}"
     for row in db.execute(sql, (owner, *values)).fetchall():
         count = row["interruptions"] + 1
         held = count >= MAX_INTERRUPTIONS
         what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
         text, status = f"delivery interrupted, the mail may arrive twice; {what}", "held" if held else "deferred"
-        log.event("warning", "interrupted", text, queueid=row["queueid"], to=[row["recipient"]], status=status)
+        to = [row["destination" if row["kind"] == "event" else "recipient"]]  # a webhook's URL may be a secret
+        log.event("warning", "interrupted", text, queueid=row["queueid"], to=to, status=status)
         pause = attempt_result(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
         result = AttemptResult(reply, "held" if held else "open", pause, interruptions=count)
         finish_attempt(db, owner, row["id"], result, now)
@@ -5997,7 +5998,8 @@ class QueueManager:
         waits = "unsure" if reply.maybe_delivered else "deferred"
         outcomes = {"delivered": ("sent", "accepted"), "failed": ("bounced", "failed"), "open": ("deferred", waits)}
         status, outcome = outcomes[state]
-        fields = {"queueid": item.queueid, "from": item.sender, "to": [leased.to.recipient]}
+        to = leased.to.destination if item.kind == "event" else leased.to.recipient  # a webhook's URL may be a secret
+        fields = {"queueid": item.queueid, "from": item.sender, "to": [to]}
         log_reply("attempt", reply, status, max(now - item.created_at, 0), note, **fields)
         if item.kind == "event":
             metrics.add("haineko_webhook_events_total", "deferred" if state == "open" else state)

@@ -7547,6 +7547,7 @@ class QueueServed(unittest.TestCase):
             self.assertEqual(set(asked.json()), {"type", "timestamp", "data"})
         first = self.hook.asked[0].headers["webhook-id"]  # which failed
         eventually(lambda: first in [asked.headers["webhook-id"] for asked in self.hook.asked[1:]], "its second try")
+        self.assertNotIn("cat=1", self.server.log() + json.dumps(self.server.get("/conf")[1]))  # it may be a secret
 
     def test_idempotency(self):
         def ask(name, key):
