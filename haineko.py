@@ -6216,7 +6216,6 @@ def compose_and_plan(request: Request, submission: Submission, queueid: str, acc
         message = message._replace(dsn=request.dsn)
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
-    apply_checks(CHECKS["message"], request, submission, settings)
     groups, transactions, signed = {}, [], {}
     for i, mailbox in enumerate([parse_address(to) for to in settings.smtpd.redirect] or accepted):
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
@@ -6227,6 +6226,7 @@ def compose_and_plan(request: Request, submission: Submission, queueid: str, acc
     if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
+    apply_checks(CHECKS["message"], request, submission, settings)  # last: what is refused takes nothing of a rate
     for number, (route, mailboxes) in enumerate(groups.values(), 1):
         envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
         transactions.append(Transaction(route, *envelope, message, number, settings.dkim, submission.trace, signed))

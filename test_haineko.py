@@ -8916,7 +8916,12 @@ class KeysServed(unittest.TestCase):
     def test_a_rate_counts_recipients_over_all_workers(self):
         status, headers, _ = self.submit("slow", "a@example.jp", "b@example.jp")
         self.assertEqual((status, headers["ratelimit-remaining"]), (200, "1"))
-        self.assertEqual(self.server.submit(headers={"Authorization": "Bearer hk_slow"}, sender="")[0], 400)
+        for fault in (
+            {"sender": ""},
+            {"header": {"subject": "x", "x-mc-tags": "a"}},
+        ):  # refused mail counts for nothing
+            found = self.server.submit("a@example.jp", headers={"Authorization": "Bearer hk_slow"}, **fault)
+            self.assertEqual(found[0], 400)
         self.assertEqual(self.submit("slow", "a@example.jp", "b@example.jp")[0], 429)
         self.assertEqual(self.submit("slow", "a@example.jp")[0], 200)
         status, headers, found = self.submit("slow", "a@example.jp")
